@@ -1,0 +1,128 @@
+"""Decode attention straight from a packed cache: one query token a sequence, everything in one launch.
+
+A sequence is `sinks exact tokens | packed pages | exact window`. Keys and values may be packed to
+different lengths (KIVI flushes keys in blocks and values token by token), so a token's key can already
+be packed while its value is still exact. Nothing here rebuilds the dense cache: scale and minimum are
+folded into the query (keys) and into the probabilities (values).
+
+Keys are stored after RoPE, so the order of tokens does not matter to the result and pages may lie
+anywhere in the pool.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvlens.kernels import dispatch
+from kvlens.kernels.quantize_pack import Packed
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How a page stores its tokens.
+
+    `page_tokens` (P) tokens a page; keys in groups of `key_group_size` tokens of one channel, values in
+    groups of `value_group_size` channels of one token.
+    """
+
+    page_tokens: int
+    key_bits: int
+    value_bits: int
+    key_group_size: int
+    value_group_size: int
+
+
+@dataclass(frozen=True)
+class PackedPast:
+    """The packed tokens of a layer for every sequence of a batch.
+
+    Shapes: keys.codes `[num_pages, HK, D, P*key_bits/16]`, keys.scale `[num_pages, HK, D, P/key_group_size]`;
+    values.codes `[num_pages, HK, P, D*value_bits/16]`, values.scale `[num_pages, HK, P, D/value_group_size]`
+    (planar rows, see `quantize_pack`); page_table int32 `[B, M]`: the page of tokens m*P .. m*P+P-1;
+    num_keys, num_values int32 `[B]`: packed tokens, each at most M*P. Entries of the table past the last
+    used page are never read.
+    """
+
+    layout: PageLayout
+    keys: Packed
+    values: Packed
+    page_table: torch.Tensor
+    num_keys: torch.Tensor
+    num_values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """The exact tokens around the packed ones.
+
+    Shapes: keys `[B, HK, CK, D]`, values `[B, HK, CV, D]`, rings: token t of a sequence lies at slot
+    `t % CK` and `t % CV`; sink_keys, sink_values `[B, HK, S, D]`, tokens 0..S-1 (S may be 0);
+    length int32 `[B]`: all tokens of the sequence, sinks and packed ones included.
+
+    Token t < S is a sink (sinks past `length` do not exist). Packed token i is token S + i. A key is
+    read from the ring if S + num_keys <= t < length, a value if S + num_values <= t < length.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+    length: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Output `[B, HQ, D]` in the query's dtype and log-sum-exp fp32 `[B, HQ]` of the scaled scores."""
+
+    output: torch.Tensor
+    log_sum_exp: torch.Tensor
+
+
+def packed_attend(
+    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float
+) -> Attended:
+    """softmax(scaling * q·K^T) V over all tokens of each sequence, read from packed and exact storage.
+
+    Shapes: query `[B, HQ, D]` with HQ a multiple of HK; query head h reads key/value head h // (HQ/HK).
+    A sequence of length 0 gives zeros and a log-sum-exp of -inf.
+    Raises: ValueError for shapes that do not belong together.
+    """
+    _check(query, past, exact)
+    module = dispatch.implementation("packed_attend", query.device)
+    return module.packed_attend(query, past, exact, scaling=scaling)
+
+
+def _check(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
+    if query.ndim != 3:
+        raise ValueError(f"query must be [B, HQ, D]; got shape {tuple(query.shape)}")
+    batch, num_query_heads, head_dim = query.shape
+    num_kv_heads = exact.keys.shape[1]
+    if num_query_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"query heads must be a multiple of the {num_kv_heads} key/value heads; got {num_query_heads}"
+        )
+    layout = past.layout
+    expected = {
+        "exact.keys": (exact.keys, (batch, num_kv_heads, None, head_dim)),
+        "exact.values": (exact.values, (batch, num_kv_heads, None, head_dim)),
+        "exact.sink_keys": (exact.sink_keys, (batch, num_kv_heads, None, head_dim)),
+        "exact.sink_values": (exact.sink_values, (batch, num_kv_heads, None, head_dim)),
+        "exact.length": (exact.length, (batch,)),
+        "past.num_keys": (past.num_keys, (batch,)),
+        "past.num_values": (past.num_values, (batch,)),
+        "past.page_table": (past.page_table, (batch, None)),
+        "past.keys.codes": (
+            past.keys.codes,
+            (None, num_kv_heads, head_dim, layout.page_tokens * layout.key_bits // 16),
+        ),
+        "past.values.codes": (
+            past.values.codes,
+            (None, num_kv_heads, layout.page_tokens, head_dim * layout.value_bits // 16),
+        ),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.ndim != len(shape) or any(
+            want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
+        ):
+            wanted = ", ".join("*" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name} must be [{wanted}]; got {list(tensor.shape)}")
