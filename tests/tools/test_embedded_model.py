@@ -1,0 +1,202 @@
+"""The embedded model's training tools: generator, tokenizer, rows, and a short run that stops and resumes."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from tools.embedded_model import facts, recall, wordings, words
+from tools.embedded_model.corpus import RowMaker, Texts
+from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
+from tools.embedded_model.train import ModelShape, Recipe, Trainer, export
+
+PROSE = (
+    "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
+)
+STORY = "Once there was a fox. The fox had a red hat. The fox lost the hat. A bird found the hat."
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    """A tiny corpus of the right form."""
+    turns = [
+        ("user", "do you like films?"),
+        ("assistant", "yes, very much."),
+        ("user", "so do I."),
+        ("assistant", "good!"),
+    ]
+    return Texts(books=[PROSE * 3], stories=[STORY], dialogues={"self_dialogue": [turns]})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A tokenizer with a small vocabulary."""
+    return train_tokenizer([PROSE, STORY], vocab_size=400)
+
+
+def make_trainer(texts, tokenizer) -> Trainer:
+    shape = ModelShape(
+        vocab_size=400, hidden_size=64, num_layers=1, num_query_heads=2, num_key_value_heads=1, mlp_size=64
+    )
+    recipe = Recipe(tokens_per_step=512, stages=((64, 4096), (128, float("inf"))), warmup_steps=5)
+    rows, held_out_rows = (
+        RowMaker(texts, tokenizer, seed=1),
+        RowMaker(texts, tokenizer, seed=1, split="held_out"),
+    )
+    return Trainer(
+        shape=shape, recipe=recipe, rows=rows, held_out_rows=held_out_rows, device="cpu", compiled=False
+    )
+
+
+def test_same_seed_gives_same_conversation():
+    chats = [recall.passage_conversation(Random(5), PROSE[:800], num_facts=4).as_messages() for _ in range(2)]
+    assert chats[0] == chats[1]
+    assert chats[0] != recall.passage_conversation(Random(6), PROSE[:800], num_facts=4).as_messages()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        wordings.SUBJECT_STATEMENTS,
+        wordings.SUBJECT_QUESTIONS,
+        wordings.OWNED,
+        words.THINGS,
+        words.PERSONS,
+        words.VALUES["word"],
+    ]
+    + [family.statements for family in wordings.FAMILIES]
+    + [family.questions for family in wordings.FAMILIES],
+)
+def test_held_out_wordings_are_disjoint(parts):
+    train, held_out = (facts.split_parts(parts, split) for split in facts.SPLITS)
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(parts)
+    assert train
+    assert held_out
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="held_out"):
+        facts.split_parts((1, 2), "test")
+
+
+@pytest.mark.parametrize("split", facts.SPLITS)
+def test_every_value_is_told_before_it_is_asked(split):
+    for seed in range(60):
+        messages = recall.passage_conversation(
+            Random(seed), PROSE[:600], num_facts=5, split=split
+        ).as_messages()
+        passage = " ".join(m["content"] for m in messages if m["role"] == "user")
+        for fact in facts.distinct_facts(Random(seed), split, 5):
+            assert fact.value.lower() in fact.statement.lower()
+            assert fact.value.lower() in fact.answer.lower()
+        for message in messages:
+            if message["role"] == "assistant" and message["content"] not in wordings.READING_REPLIES:
+                assert any(word.strip(".").lower() in passage.lower() for word in message["content"].split())
+
+
+def test_answer_weight_covers_only_the_value():
+    fact = facts.Fact("my code is 42", "what is my code", "Your code is 42.", "42")
+    assert recall.weighted_answer(fact) == [("Your code is ", 1.0), ("42", recall.ANSWER_WEIGHT), (".", 1.0)]
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_recall_questions_keep_length_and_depth(tokenizer, depth):
+    def count_tokens(messages):
+        return len(tokenizer.encode(messages[0]["content"]).ids)
+
+    settings = {
+        "prose": PROSE * 5,
+        "num_tokens": 400,
+        "depth": depth,
+        "count": 4,
+        "seed": 3,
+        "count_tokens": count_tokens,
+    }
+    questions = list(recall.recall_questions(**settings))
+    assert questions == list(recall.recall_questions(**settings))
+    for question in questions:
+        content = question.messages[0]["content"]
+        assert 300 <= question.num_tokens <= 400
+        assert abs(content.lower().find(question.value.lower()) / len(content) - depth) < 0.25
+
+
+def test_depth_outside_the_text_is_refused():
+    with pytest.raises(ValueError, match="depth"):
+        next(
+            recall.recall_questions(prose=PROSE, num_tokens=100, depth=1.5, count=1, seed=0, count_tokens=len)
+        )
+
+
+@pytest.mark.parametrize("text", ["Hello, wörld! 12345", "  two  blanks\n\nand lines", "日本語 and 🙂"])
+def test_tokenizer_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_digits_are_single_tokens(tokenizer):
+    assert tokenizer.encode("90817").tokens == list("90817")
+
+
+def test_chat_template(tokenizer):
+    chat_tokenizer = as_chat_tokenizer(tokenizer, max_length=512)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    closed = "<|bos|><|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>Hello<|end|>"
+    assert chat_tokenizer.apply_chat_template(messages, tokenize=False) == closed
+    assert chat_tokenizer.apply_chat_template(
+        messages[:2], tokenize=False, add_generation_prompt=True
+    ).endswith("<|end|><|assistant|>")
+
+
+def test_rows_match_the_chat_template(texts, tokenizer):
+    conversation = recall.chat_conversation(Random(1), [], num_facts=2)
+    ids, weights = RowMaker(texts, tokenizer, seed=1).encode(conversation)
+    chat_tokenizer = as_chat_tokenizer(tokenizer, max_length=512)
+    rendered = chat_tokenizer.apply_chat_template(conversation.as_messages(), tokenize=False)
+    assert ids.tolist() == chat_tokenizer(rendered, add_special_tokens=False).input_ids
+    assert len(weights) == len(ids)
+    assert weights.max() == recall.ANSWER_WEIGHT
+    assert weights[0] == 0
+
+
+def test_rows_depend_on_seed_and_step_alone(texts, tokenizer):
+    first, again = (RowMaker(texts, tokenizer, seed=1).rows(step=3, num_rows=2, length=128) for _ in range(2))
+    other = RowMaker(texts, tokenizer, seed=1).rows(step=4, num_rows=2, length=128)
+    assert first[0].shape == (2, 129)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_short_run_learns_and_resumes_exactly(texts, tokenizer, tmp_path):
+    trainer = make_trainer(texts, tokenizer)
+    losses = [trainer.train_step() for _ in range(20)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    trainer.save(tmp_path / "checkpoint.pt")
+    straight = [trainer.train_step() for _ in range(3)]
+    resumed = make_trainer(texts, tokenizer)
+    resumed.load(tmp_path / "checkpoint.pt")
+    assert [resumed.train_step() for _ in range(3)] == straight
+
+
+def test_export_loads_with_transformers(texts, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = make_trainer(texts, tokenizer)
+    export(trainer.model, tokenizer, tmp_path)
+    model, chat_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert model.dtype == torch.float16
+    assert model.config.head_dim == 64
+    assert (
+        model.generation_config.eos_token_id
+        == chat_tokenizer.eos_token_id
+        == tokenizer.token_to_id("<|end|>")
+    )
+    expected = trainer.model.get_input_embeddings().weight.half()
+    torch.testing.assert_close(model.get_input_embeddings().weight, expected, rtol=0, atol=0)

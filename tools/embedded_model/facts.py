@@ -1,0 +1,158 @@
+"""Facts in three sentences (told, asked for, answered) with values drawn at random.
+
+Words and wordings come in two disjoint splits, `train` and `held_out`. The module does not know how a chat is
+built from facts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from . import wordings as w
+from . import words
+
+SPLITS = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A fact told, asked for and answered; `value` is the part that only the context holds."""
+
+    statement: str
+    question: str
+    answer: str
+    value: str
+
+
+def split_parts(parts: tuple, split: str) -> tuple:
+    """The training part (first four fifths) or the held-out part (the rest, at least one) of `parts`."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    num_held_out = max(1, len(parts) // 5)
+    return parts[-num_held_out:] if split == "held_out" else parts[:-num_held_out]
+
+
+def capitalised(sentence: str) -> str:
+    """The sentence with its first letter in upper case."""
+    return sentence[:1].upper() + sentence[1:]
+
+
+def invented_name(random: Random, *, is_place: bool = False) -> str:
+    """A name made of syllables, such as Trelvona or Quimford."""
+    name = random.choice(words.ONSETS) + random.choice(words.VOWELS)
+    if random.random() < 0.6:
+        name += random.choice(words.MIDDLES) + random.choice(words.VOWELS[:5])
+    return name + random.choice(words.PLACE_ENDINGS if is_place else words.ENDINGS)
+
+
+def draw_value(random: Random, kind: str, split: str) -> str:
+    """A value of the given kind; words come from the split, numbers and invented names are always fresh."""
+    if kind == "code":
+        return "".join(random.choice("0123456789") for _ in range(random.choice((3, 4, 4, 5, 6))))
+    if kind == "number":
+        return str(random.randint(2, random.choice((99, 999, 9999))))
+    if kind == "age":
+        return str(random.randint(3, 99))
+    if kind == "phone":
+        return (
+            "".join(random.choice("0123456789") for _ in range(3))
+            + "-"
+            + "".join(random.choice("0123456789") for _ in range(4))
+        )
+    if kind == "time":
+        return f"{random.randint(0, 23)}:{random.randint(0, 59):02d}"
+    if kind == "date":
+        return f"{random.choice(words.MONTHS)} {random.randint(1, 31)}"
+    if kind == "name":
+        return (
+            random.choice(split_parts(words.PERSONS, split))
+            if random.random() < 0.4
+            else invented_name(random)
+        )
+    if kind == "place":
+        return invented_name(random, is_place=True)
+    value = random.choice(split_parts(words.VALUES[kind], split))
+    if kind == "word" and random.random() < 0.3:
+        value += " " + random.choice(split_parts(words.VALUES[kind], split))
+    return value
+
+
+def draw_thing(random: Random, split: str) -> str:
+    """A thing, mostly with an adjective."""
+    thing = random.choice(split_parts(words.THINGS, split))
+    return (
+        f"{random.choice(split_parts(words.THING_ADJECTIVES, split))} {thing}"
+        if random.random() < 0.7
+        else thing
+    )
+
+
+def draw_person(random: Random, split: str) -> str:
+    """A common first name or an invented one."""
+    return (
+        random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.7 else invented_name(random)
+    )
+
+
+def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact:
+    """A fact with names and values of `split` and sentences of `wording` (the same split if None)."""
+    wording = split if wording is None else wording
+    if random.random() < 0.55:
+        return _subject_fact(random, split, wording)
+    families = w.HELD_OUT_FAMILIES if wording == "held_out" and random.random() < 0.2 else w.FAMILIES
+    family = random.choice(families)
+    is_new = families is w.HELD_OUT_FAMILIES
+    names = {
+        "p": draw_person(random, split),
+        "t": draw_thing(random, split),
+        "v": draw_value(random, family.value_kind, split),
+    }
+    statement = random.choice(family.statements if is_new else split_parts(family.statements, wording))
+    question = random.choice(family.questions if is_new else split_parts(family.questions, wording))
+    # A question may only name what the statement named.
+    statement, question, answer = _without_unknown(statement, question, random.choice(family.answers), family)
+    return Fact(*(part.format(**names) for part in (statement, question, answer)), names["v"])
+
+
+def _without_unknown(statement: str, question: str, answer: str, family: w.Family) -> tuple[str, str, str]:
+    known = [name for name in ("{p}", "{t}") if name in statement]
+    if all(name in known for name in ("{p}", "{t}") if name in question):
+        if not all(name in known for name in ("{p}", "{t}") if name in answer):
+            answer = "It is {v}."
+        return statement, question, answer
+    subject = "{p}" if "{p}" in question else "{t}"
+    lead = f"this is about {subject}: " if subject == "{p}" else f"this is about the {subject}: "
+    return (
+        lead + statement,
+        question,
+        answer if all(n in [*known, subject] for n in ("{p}", "{t}") if n in answer) else "It is {v}.",
+    )
+
+
+def _subject_fact(random: Random, split: str, wording: str) -> Fact:
+    if random.random() < 0.65:
+        attribute, kind = random.choice(split_parts(w.OWNED, split))
+        owner = "my" if random.random() < 0.45 else draw_person(random, split) + "'s"
+        asked = f"{owner} {attribute}"
+        answered = f"{'your' if owner == 'my' else owner} {attribute}"
+    else:
+        attribute, kind = random.choice(split_parts(w.THING_ATTRIBUTES, split))
+        asked = answered = "the " + attribute.format(t=draw_thing(random, split))
+    names = {"s": asked, "z": answered, "v": draw_value(random, kind, split)}
+    statement = random.choice(split_parts(w.SUBJECT_STATEMENTS, wording)).format(**names)
+    question = random.choice(split_parts(w.SUBJECT_QUESTIONS, wording)).format(**names)
+    return Fact(statement, question, random.choice(w.SUBJECT_ANSWERS).format(**names), names["v"])
+
+
+def distinct_facts(random: Random, split: str, count: int, *, wording: str | None = None) -> list[Fact]:
+    """`count` facts of which no two answer the same question."""
+    facts: dict[str, Fact] = {}
+    while len(facts) < count:
+        fact = draw_fact(random, split, wording=wording)
+        # The answer without its value names the subject, whatever the wording.
+        facts.setdefault(
+            fact.answer.replace(fact.value, "") if len(fact.answer) > len(fact.value) + 8 else fact.question,
+            fact,
+        )
+    return list(facts.values())
