@@ -1,8 +1,8 @@
 """Sentence parts from which facts, questions and chats are built.
 
-Placeholders: `{s}` subject as the user says it, `{z}` the same as the assistant says it, `{p}` person,
-`{t}` thing, `{v}` value, `{n}` what a story is about. In every tuple of sentence parts the last fifth (at least
-one) is held out: training never sees it.
+Placeholders: `{s}` subject as the user says it, `{z}` the same as the assistant says it, `{p}` person, `{t}`
+thing, `{v}` value, `{n}` what a story is about. In every tuple of sentence parts the last fifth (at least one)
+is held out: training never sees it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ class Family:
 
 # For the attributes of any owner or thing.
 SUBJECT_STATEMENTS = (
+    "{s} should be {v}",
+    "{v} has become {s}",
+    "from today {s} is {v}",
+    "it turns out that {s} is {v}",
     "{s} is {v}",
     "{s} is now {v}",
     "{s} happens to be {v}",
@@ -39,6 +43,10 @@ SUBJECT_STATEMENTS = (
     "{s} must be {v}",
 )
 SUBJECT_QUESTIONS = (
+    "give me {s}",
+    "what do you know about {s}",
+    "which one was {s}",
+    "how did I call {s}",
     "what is {s}",
     "what's {s}",
     "tell me {s}",
@@ -66,6 +74,9 @@ SUBJECT_ANSWERS = (
 
 # (attribute, kind of value): "my {attribute}", "Marta's {attribute}", "the {attribute} of the red bicycle".
 OWNED = (
+    ("name", "name"),
+    ("city", "place"),
+    ("hotel", "place"),
     ("locker code", "code"),
     ("door code", "code"),
     ("PIN", "code"),
@@ -133,6 +144,94 @@ THING_ATTRIBUTES = (
 )
 
 FAMILIES = (
+    Family(
+        "name",
+        ("I am {v}", "you can call me {v}", "my friends call me {v}", "people know me as {v}"),
+        ("who am I", "what is my name", "what do my friends call me", "how do people know me"),
+        ("Your name is {v}.", "You are {v}."),
+    ),
+    Family(
+        "place",
+        ("I live in {v}", "I moved to {v}", "I come from {v}", "{v} is where I live"),
+        ("where do I live", "where do I come from", "which town is mine", "where is my home"),
+        ("You live in {v}.", "In {v}."),
+    ),
+    Family(
+        "age",
+        (
+            "I am {v} years old",
+            "I turned {v} this year",
+            "my age is {v} years",
+            "I will soon be {v} years old",
+        ),
+        ("how old am I", "what is my age", "how many years have I lived", "which age did I tell you"),
+        ("You are {v} years old.", "You are {v}."),
+    ),
+    Family(
+        "name",
+        (
+            "I have a dog called {v}",
+            "my dog is called {v}",
+            "my dog {v} sleeps a lot",
+            "I walk with {v}, my dog",
+        ),
+        (
+            "what is my dog called",
+            "what is the name of my dog",
+            "how is my dog called",
+            "which name has my dog",
+        ),
+        ("Your dog is called {v}.", "Your dog's name is {v}."),
+    ),
+    Family(
+        "job",
+        ("I work as {v}", "I am {v}", "I became {v}", "by trade I am {v}"),
+        ("what do I do", "what is my job", "what do I work as", "what is my trade"),
+        ("You work as {v}.", "You are {v}."),
+    ),
+    Family(
+        "place",
+        (
+            "we are going to {v} this summer",
+            "I will travel to {v}",
+            "my holiday is in {v}",
+            "we booked a trip to {v}",
+        ),
+        ("where am I going", "where will I travel", "where is my holiday", "to which place is my trip"),
+        ("You are going to {v}.", "To {v}."),
+    ),
+    Family(
+        "time",
+        (
+            "the meeting with {p} is at {v}",
+            "I meet {p} at {v}",
+            "{p} waits for me at {v}",
+            "at {v} I see {p}",
+        ),
+        (
+            "when do I meet {p}",
+            "at what time is the meeting with {p}",
+            "when does {p} wait",
+            "when do I see {p}",
+        ),
+        ("You meet {p} at {v}.", "At {v}."),
+    ),
+    Family(
+        "number",
+        (
+            "there are {v} people in {p}'s family",
+            "{p} has {v} books",
+            "{p} counted {v} sheep",
+            "{v} stamps belong to {p}",
+        ),
+        (
+            "how many does {p} have",
+            "how many did {p} count",
+            "which number goes with {p}",
+            "how many belong to {p}",
+        ),
+        ("{p} has {v}.", "{v}."),
+    ),
     Family(
         "place",
         (
