@@ -71,3 +71,10 @@ def dequantize(packed: Packed, *, bits: int, group_size: int) -> torch.Tensor:
     from kvlens.kernels.quantize_pack import reference
 
     return reference.dequantize(packed, bits=bits, group_size=group_size)
+
+
+def unpack(words: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """The codes in planar words. Shapes: int16 `[..., W]` to int32 `[..., W*16/bits]`."""
+    from kvlens.kernels.quantize_pack import reference
+
+    return reference.unpack(words, bits=bits)

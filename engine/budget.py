@@ -1,0 +1,36 @@
+"""A bound on the bytes that all caches of a process may reserve together."""
+
+import threading
+
+from kvlens.engine.errors import OutOfMemory
+
+
+class MemoryBudget:
+    """Counts reserved cache bytes; caches take before they allocate and give back when freed.
+
+    `limit_bytes` None counts without a bound. Safe from several threads.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Raises: OutOfMemory if the budget has no room for `num_bytes` more."""
+        with self._lock:
+            if self.limit_bytes is not None and self._used_bytes + num_bytes > self.limit_bytes:
+                raise OutOfMemory(
+                    f"The KV budget is {self.limit_bytes / 2**20:.0f} MiB, of which "
+                    f"{self._used_bytes / 2**20:.0f} are taken; this cache asks for "
+                    f"{num_bytes / 2**20:.0f} more. Clear a chat, ask for fewer tokens or compress more."
+                )
+            self._used_bytes += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        with self._lock:
+            self._used_bytes -= num_bytes

@@ -1,0 +1,374 @@
+"""The one contract of a KV cache: what a method must be able to do, and what it gets for free.
+
+A `KVCache` owns the keys and values of all layers of a batch of sequences. It is a `transformers.Cache`:
+`model.generate(..., past_key_values=cache)` works with it as it is. It does not know models, prompts or
+screens; `registry.py` lists the methods, `bridge.py` hands Hugging Face attention to `attend`.
+
+Life of a sequence: prompt tokens are appended in one or more chunks and attend exactly; `end_prefill`
+hands the exact tokens to the method, which packs what it packs; from then on each token is appended and
+attended to in one `step`, straight from the packed form.
+
+A method implements `reserve`, `store`, `rebuild`, `parts`, `tensors`, `save`, `restore` and `release`; it
+overrides `step` where it has a kernel. Everything else is here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvlens.engine.budget import MemoryBudget
+from kvlens.engine.config import MethodConfig
+from kvlens.engine.errors import EngineError, OutOfMemory
+from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
+from kvlens.engine.layer import LayerHandle
+from kvlens.engine.probe import ErrorProbe
+from kvlens.engine.segments import TILE_TOKENS, Partial, Tile, attend_tile, merge_all
+from kvlens.engine.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A moment of a cache to go back to: lengths, and what the method must remember of its window.
+
+    `saved` is the method's own; `num_bytes` what it occupies.
+    """
+
+    lengths: list[int]
+    seen_tokens: int
+    saved: Any
+    num_bytes: int
+    probe: Any = None
+
+
+class KVCache(transformers.Cache, ABC):
+    """Keys and values of all layers of `batch_size` sequences, in the form of one method.
+
+    `dtype` is the type of what is kept exact: 16 bits, so that every lane is compared on equal terms.
+    `lengths[layer][row]` counts the tokens of a sequence that are stored (without pending prompt tokens
+    and without padding); `seen_tokens` counts the columns of the batch, padding included, as
+    transformers does.
+    """
+
+    name = ""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        config: MethodConfig,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float16,
+        budget: MemoryBudget | None = None,
+    ) -> None:
+        config.check(shape)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        super().__init__(layers=[LayerHandle(self, layer) for layer in range(shape.num_layers)])
+        self.shape = shape
+        self.config = config
+        self.num_rows = batch_size
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.budget = budget or MemoryBudget()
+        self.probe: ErrorProbe | None = None
+        self.lengths = [[0] * batch_size for _ in range(shape.num_layers)]
+        self._seen = [0] * shape.num_layers
+        self._pending: list[list[list[Tile]]] = self._no_pending()
+        self._is_in_prefill = False
+        self._taken_bytes = 0
+        self._checkpoint_bytes = 0
+
+    # ------------------------------------------------------------------ what a method implements
+
+    @abstractmethod
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for `num_tokens` tokens a sequence. Raises: OutOfMemory."""
+
+    @abstractmethod
+    def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep exact tokens behind those stored, packing what the method packs.
+
+        Shapes: keys, values `[HK, T, D]`. `lengths` still counts the tokens before them.
+        """
+
+    @abstractmethod
+    def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
+        """Tokens start..stop-1 as attention sees them. Shapes: `[HK, stop - start, D]`."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, int]:
+        """Live bytes by part of everything stored."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor the cache holds, for `reserved_bytes`."""
+
+    @abstractmethod
+    def save(self) -> Any:
+        """What `restore` needs to return to this moment, beside the lengths: tensors in tuples or lists."""
+
+    @abstractmethod
+    def restore(self, saved: Any, lengths: list[int]) -> None:
+        """Forget what came after `saved`; each row then has `lengths[row]` tokens in every layer."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Drop every tensor. The cache is then empty and can be used again."""
+
+    def step(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        """Append one token to each row and attend to everything. Shapes: `[B, HQ|HK, D]` → `[B, HQ, D]`.
+
+        This one rebuilds tile by tile: right for every method, fast for none.
+        """
+        output = torch.empty_like(query)
+        for row in range(self.num_rows):
+            newest = Tile(keys[row].unsqueeze(1), values[row].unsqueeze(1))
+            partial = self._attend_past(layer, row, query[row].unsqueeze(1), [newest], scaling=scaling)
+            output[row] = partial.output.squeeze(1).to(query.dtype)
+            self.store(layer, row, newest.keys, newest.values)
+            self.lengths[layer][row] += 1
+        return output
+
+    def view(self, layer: int, head: int, row: int = 0) -> CacheView:
+        """One head as attention sees it, as numpy arrays."""
+        tile = self.rebuild(layer, row, 0, self.lengths[layer][row])
+        return CacheView(tile.keys[head].float().cpu().numpy(), tile.values[head].float().cpu().numpy())
+
+    # ------------------------------------------------------------------ the life of a sequence
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scaling: float,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append new tokens to `layer` and attend causally to everything up to each of them.
+
+        Shapes: query `[B, HQ, T, D]`, keys and values `[B, HK, T, D]`, mask bool `[B, seen + T]` or None
+        (False is padding; padded tokens are never stored); output `[B, HQ, T, D]`, zero where padded.
+        Raises: ValueError if the batch is not the cache's.
+        """
+        if query.shape[0] != self.num_rows:
+            raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {query.shape[0]}")
+        num_tokens = query.shape[2]
+        self._seen[layer] += num_tokens
+        if num_tokens == 1 and not self._is_in_prefill:
+            self._end_prefill(layer)
+            self.reserve(max(self.lengths[layer]) + 1)
+            output = self.step(layer, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scaling=scaling)
+            return output.unsqueeze(2)
+        valid = None if mask is None else mask[:, -num_tokens:]
+        if valid is not None and bool(valid.all()):
+            valid = None
+        return self._attend_prompt(layer, query, Tile(keys, values), valid, scaling=scaling)
+
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        """Within it every chunk counts as prompt, even one of a single token; at its end all is packed.
+
+        If it is left by an error or a stop, the chunks so far are forgotten.
+        """
+        self._is_in_prefill = True
+        seen = list(self._seen)
+        try:
+            yield
+        except BaseException:
+            self._pending, self._seen = self._no_pending(), seen
+            raise
+        else:
+            self.end_prefill()
+        finally:
+            self._is_in_prefill = False
+
+    def end_prefill(self) -> None:
+        """Hand the exact prompt tokens of every layer to the method. Without any, nothing happens."""
+        for layer in range(self.shape.num_layers):
+            self._end_prefill(layer)
+
+    def checkpoint(self) -> Checkpoint:
+        """This moment, to come back to with `rollback`. Raises: EngineError in the middle of a prompt."""
+        if any(any(rows) for rows in self._pending):
+            raise EngineError("a checkpoint cannot be taken in the middle of a prompt; call end_prefill() first")
+        saved = self.save()
+        num_bytes = storage_bytes(_tensors_in(saved))
+        self._checkpoint_bytes += num_bytes
+        probe = None if self.probe is None else self.probe.save(self.lengths[0][0])
+        return Checkpoint(list(self.lengths[0]), self._seen[0], saved, num_bytes, probe)
+
+    def rollback(self, checkpoint: Checkpoint) -> None:
+        """Return to `checkpoint`; it stays valid and may be used again."""
+        self._pending = self._no_pending()
+        self.restore(checkpoint.saved, checkpoint.lengths)
+        self.lengths = [list(checkpoint.lengths) for _ in range(self.shape.num_layers)]
+        self._seen = [checkpoint.seen_tokens] * self.shape.num_layers
+        if self.probe is not None and checkpoint.probe is not None:
+            self.probe.restore(checkpoint.probe)
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Say that `checkpoint` is dropped, so that its bytes are no longer counted."""
+        self._checkpoint_bytes -= checkpoint.num_bytes
+
+    def free(self) -> None:
+        """Drop everything and give the budget back. Safe to call twice."""
+        self.release()
+        self.lengths = [[0] * self.num_rows for _ in range(self.shape.num_layers)]
+        self._seen = [0] * self.shape.num_layers
+        self._pending = self._no_pending()
+        self._checkpoint_bytes = 0
+        self.probe = None
+        self.budget.give(self._taken_bytes)
+        self._taken_bytes = 0
+
+    # ------------------------------------------------------------------ looking at it
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored or pending in the first layer, over all sequences."""
+        pending = sum(tile.keys.shape[1] for row in self._pending[0] for tile in row)
+        return sum(self.lengths[0]) + pending
+
+    def footprint(self) -> Footprint:
+        """Bytes by part from the real tensors. Prompt tokens that are still exact count as window."""
+        parts = self.parts()
+        pending = [tile for rows in self._pending for tiles in rows for tile in tiles]
+        if pending:
+            exact = sum(tile.keys.numel() + tile.values.numel() for tile in pending)
+            parts["window"] = parts.get("window", 0) + exact * self.dtype.itemsize
+        held = [*self.tensors(), *(side for tile in pending for side in (tile.keys, tile.values))]
+        probe_bytes = 0 if self.probe is None else self.probe.nbytes
+        return Footprint(self.num_tokens, parts, storage_bytes(held), self._checkpoint_bytes, probe_bytes)
+
+    def watch(self, layer: int = 0) -> ErrorProbe:
+        """Measure errors at every flush from now on, and keep exact copies of `layer`. One sequence only."""
+        self.probe = ErrorProbe(self.shape, layer, device=self.device)
+        return self.probe
+
+    # ------------------------------------------------------------------ for methods
+
+    def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor on the cache's device, taken from the budget. Raises: OutOfMemory."""
+        num_bytes = dtype.itemsize * torch.Size(size).numel()
+        self.budget.take(num_bytes)
+        try:
+            tensor = torch.empty(size, dtype=dtype, device=self.device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            self.budget.give(num_bytes)
+            raise OutOfMemory(
+                f"The device has no room for {num_bytes / 2**20:.0f} MiB more of KV cache. "
+                "Shorten the context, lower the new tokens or compress more."
+            ) from error
+        self._taken_bytes += num_bytes
+        return tensor
+
+    def discard(self, tensor: torch.Tensor | None) -> None:
+        """Give back to the budget what `tensor`, made by `allocate`, took."""
+        if tensor is not None:
+            self.budget.give(tensor.nbytes)
+            self._taken_bytes -= tensor.nbytes
+
+    # ------------------------------------------------------------------ inside
+
+    def _no_pending(self) -> list[list[list[Tile]]]:
+        return [[[] for _ in range(self.num_rows)] for _ in range(self.shape.num_layers)]
+
+    def _attend_prompt(
+        self, layer: int, query: torch.Tensor, fresh: Tile, valid: torch.Tensor | None, *, scaling: float
+    ) -> torch.Tensor:
+        pending = self._pending[layer]
+        is_first = not any(self.lengths[layer]) and not any(pending)
+        if valid is None and is_first:
+            for row in range(self.num_rows):
+                pending[row].append(Tile(fresh.keys[row], fresh.values[row]))
+            return scaled_dot_product_attention(
+                query, fresh.keys, fresh.values, is_causal=query.shape[2] > 1, scale=scaling,
+                enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
+            )  # fmt: skip
+        output = torch.zeros_like(query)
+        for row in range(self.num_rows):
+            kept = slice(None) if valid is None else valid[row].nonzero().squeeze(-1)
+            tile = Tile(fresh.keys[row, :, kept], fresh.values[row, :, kept])
+            if tile.keys.shape[1]:
+                partial = self._attend_past(
+                    layer, row, query[row, :, kept], [*pending[row], tile], scaling=scaling
+                )
+                output[row, :, kept] = partial.output.to(query.dtype)
+                pending[row].append(tile)
+        return output
+
+    def _attend_past(
+        self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float
+    ) -> Partial:
+        """`query` over everything stored and the `exact` tiles, the last of which are the queries' own."""
+        length = self.lengths[layer][row]
+        stored = (
+            self.rebuild(layer, row, start, min(start + TILE_TOKENS, length))
+            for start in range(0, length, TILE_TOKENS)
+        )
+        partials = [attend_tile(query, tile, scaling=scaling) for tile in stored]
+        partials += [attend_tile(query, tile, scaling=scaling) for tile in exact[:-1]]
+        partials.append(attend_tile(query, exact[-1], scaling=scaling, is_causal=True))
+        return merge_all(partials)
+
+    def _end_prefill(self, layer: int) -> None:
+        pending = self._pending[layer]
+        if not any(pending):
+            return
+        self.reserve(
+            max(
+                length + sum(tile.keys.shape[1] for tile in tiles)
+                for length, tiles in zip(self.lengths[layer], pending, strict=True)
+            )
+        )
+        for row, tiles in enumerate(pending):
+            if not tiles:
+                continue
+            keys = torch.cat([tile.keys for tile in tiles], dim=1)
+            values = torch.cat([tile.values for tile in tiles], dim=1)
+            self.store(layer, row, keys, values)
+            self.lengths[layer][row] += keys.shape[1]
+        self._pending[layer] = [[] for _ in range(self.num_rows)]
+
+    # ------------------------------------------------------------------ what transformers asks
+
+    def seen_tokens(self, layer: int) -> int:
+        """Columns of the batch so far, padding included."""
+        return self._seen[layer]
+
+    def reset(self) -> None:
+        self.free()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise EngineError(
+            "a packed cache cannot be cropped token by token (assisted decoding needs that); "
+            "take a checkpoint() and go back to it with rollback()"
+        )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise EngineError("beam search is not served: a KVLens cache does not reorder its sequences")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise EngineError("several returned sequences are not served; repeat the prompt in the batch instead")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise EngineError("a KVLens cache does not drop sequences from its batch")
+
+
+def _tensors_in(saved: Any) -> Iterator[torch.Tensor]:
+    if isinstance(saved, torch.Tensor):
+        yield saved
+    elif isinstance(saved, (tuple, list)):
+        for entry in saved:
+            yield from _tensors_in(entry)

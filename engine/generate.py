@@ -1,0 +1,67 @@
+"""The decode loop: token ids in, a token and its trace out.
+
+Knows a model, a cache and a sampler. Knows no text templates, no lanes and no screen.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvlens.engine.cache import KVCache
+from kvlens.engine.measure import Stopwatch
+from kvlens.engine.model import LoadedModel
+from kvlens.engine.sampling import Sampling, choose
+
+PREFILL_CHUNK = 512
+"""Prompt tokens a forward pass: a stop takes effect between chunks."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass gave. Shapes: logits `[V]` of the newest token. Units: milliseconds of the pass."""
+
+    logits: torch.Tensor
+    milliseconds: float
+    num_tokens: int
+
+
+def forward(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Forward:
+    """One pass of one sequence over `token_ids`, timed by itself."""
+    ids = torch.tensor([token_ids], device=model.device)
+    watch = Stopwatch()
+    with torch.inference_mode(), watch.measure(model.device):
+        logits = model.network(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return Forward(logits, watch.milliseconds, len(token_ids))
+
+
+def prefill(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Iterator[Forward]:
+    """A prompt in chunks; packed when the last one is through. The last pass gives the first token.
+
+    The time of the last pass includes packing. Closing the iterator early leaves the cache as before.
+    """
+    with torch.inference_mode(), cache.prefill():
+        for start in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = token_ids[start : start + PREFILL_CHUNK]
+            result = forward(model, cache, chunk)
+            if start + PREFILL_CHUNK < len(token_ids):
+                yield result
+        watch = Stopwatch()
+        with watch.measure(model.device):
+            cache.end_prefill()
+    yield Forward(result.logits, result.milliseconds + watch.milliseconds, result.num_tokens)
+
+
+def generate(
+    model: LoadedModel, cache: KVCache, token_ids: Sequence[int], *, max_new_tokens: int,
+    sampling: Sampling | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """New tokens after `token_ids`, one at a time; ends with the model's end token, which is given too."""
+    sampling = sampling or Sampling()
+    *_, result = prefill(model, cache, token_ids)
+    for step in range(max_new_tokens):
+        token = choose(result.logits, sampling, step)
+        yield token
+        if token in model.end_tokens or step + 1 == max_new_tokens:
+            return
+        result = forward(model, cache, [token])

@@ -1,0 +1,50 @@
+"""What transformers sees of one layer: a handle that passes fresh keys and values on to the cache."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+if TYPE_CHECKING:
+    from kvlens.engine.cache import KVCache
+
+
+class LayerHandle(CacheLayerMixin):
+    """A layer of a `KVCache`. `update` returns the handle itself in place of keys and of values.
+
+    A Hugging Face attention block hands what `update` returns straight to its attention function, which
+    here is ours (`bridge.py`): it sees the handle and calls `attend`. No dense cache ever exists.
+    """
+
+    def __init__(self, cache: "KVCache", layer: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.layer = layer
+        self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple["LayerHandle", "LayerHandle"]:
+        self._fresh = (key_states, value_states)
+        return self, self
+
+    def attend(self, query: torch.Tensor, *, scaling: float, mask: torch.Tensor | None) -> torch.Tensor:
+        """See `KVCache.attend`, with the keys and values of the last `update`."""
+        keys, values = self._fresh
+        self._fresh = None
+        return self.cache.attend(self.layer, query, keys, values, scaling=scaling, mask=mask)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the cache knows its shape from the start."""
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen_tokens(self.layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+    """The name that transformers 5.17 uses."""

@@ -1,0 +1,123 @@
+"""The plain cache: every key and value exact, in 16 bits. The rival, and the oracle of every other method.
+
+Buffers are allocated ahead and written in place: no step copies the past. Attention over them is the
+fastest dense path that this machine has for the shape at hand (`kernels/dense_attend` measures its
+candidates once and says which it took).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvlens.engine.cache import KVCache
+from kvlens.engine.config import MethodConfig
+from kvlens.engine.registry import register
+from kvlens.engine.segments import Tile
+from kvlens.engine.shape import ModelShape
+from kvlens.kernels.dense_attend import chosen_path, dense_attend
+
+BLOCK_TOKENS = 256
+"""Buffers grow in steps of at least this many tokens."""
+
+
+@dataclass(frozen=True)
+class DenseConfig(MethodConfig):
+    """The plain cache has nothing to set."""
+
+    def estimate(self, shape: ModelShape, num_tokens: int) -> dict[str, int]:
+        return {"window": shape.fp16_bytes(num_tokens), "tables": shape.num_layers * 4}
+
+
+@register(
+    "dense",
+    title="fp16, exact",
+    summary="Every key and value in 16 bits: what a model does without compression.",
+    source="The usual cache, with the fastest dense attention of this machine",
+    config=DenseConfig,
+    presets={"fp16, exact": DenseConfig()},
+)
+class DenseCache(KVCache):
+    """Contiguous buffers. Shapes: keys and values of a layer `[B, HK, capacity, D]`."""
+
+    def __init__(self, shape: ModelShape, config: DenseConfig, **options: Any) -> None:
+        super().__init__(shape, config, **options)
+        self._capacity = 0
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._lengths: list[torch.Tensor] = []
+
+    def reserve(self, num_tokens: int) -> None:
+        if not self._lengths:
+            self._lengths = [
+                self.allocate(self.num_rows, dtype=torch.int32).zero_() for _ in range(self.shape.num_layers)
+            ]
+        if num_tokens <= self._capacity:
+            return
+        capacity = max(num_tokens, self._capacity * 3 // 2)
+        capacity = -(-capacity // BLOCK_TOKENS) * BLOCK_TOKENS
+        self._keys = [self._grown(layer, self._keys, capacity) for layer in range(self.shape.num_layers)]
+        self._values = [self._grown(layer, self._values, capacity) for layer in range(self.shape.num_layers)]
+        self._capacity = capacity
+
+    def _grown(self, layer: int, buffers: list[torch.Tensor], capacity: int) -> torch.Tensor:
+        shape = self.shape
+        grown = self.allocate(
+            self.num_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype
+        )
+        if buffers:
+            grown[:, :, : self._capacity] = buffers[layer]
+            self.discard(buffers[layer])
+        return grown
+
+    def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        start = self.lengths[layer][row]
+        stop = start + keys.shape[1]
+        self._keys[layer][row, :, start:stop] = keys
+        self._values[layer][row, :, start:stop] = values
+        self._lengths[layer][row] = stop
+
+    def step(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        lengths = self.lengths[layer]
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        for row, length in enumerate(lengths):
+            all_keys[row, :, length] = keys[row]
+            all_values[row, :, length] = values[row]
+            lengths[row] = length + 1
+        self._lengths[layer].add_(1)
+        return dense_attend(
+            query, all_keys, all_values, self._lengths[layer], scaling=scaling, longest=max(lengths),
+            is_ragged=min(lengths) != max(lengths),
+        )  # fmt: skip
+
+    def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
+        return Tile(self._keys[layer][row, :, start:stop], self._values[layer][row, :, start:stop])
+
+    def parts(self) -> dict[str, int]:
+        if not self._keys:
+            return {"window": 0, "tables": 0}
+        token = 2 * self._keys[0][0, :, 0].nbytes
+        return {
+            "window": token * sum(map(sum, self.lengths)),
+            "tables": sum(lengths.nbytes for lengths in self._lengths),
+        }
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (*self._keys, *self._values, *self._lengths)
+
+    def save(self) -> Any:
+        """Nothing: what comes later never overwrites what is stored."""
+
+    def restore(self, saved: Any, lengths: list[int]) -> None:
+        for tensor in self._lengths:
+            tensor.copy_(torch.tensor(lengths, dtype=torch.int32))
+
+    def release(self) -> None:
+        self._keys, self._values, self._lengths, self._capacity = [], [], [], 0
+
+    @property
+    def attention_path(self) -> str:
+        return chosen_path(self.device)

@@ -1,0 +1,149 @@
+"""Where caches put things: a pool of equal pages, and rings of exact tokens.
+
+Neither knows what a page means to its method.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+Allocate = Callable[..., torch.Tensor]
+Discard = Callable[[torch.Tensor | None], None]
+
+
+class PagePool:
+    """Pages of one shape, each made of several parts (codes, scales, ...), handed out by number.
+
+    `parts` gives the shape and dtype of one page's share of each part; `tensors[part]` holds all pages:
+    `[capacity, *shape]`. The pool grows when it must, by copying, and `reserve` lets an owner that
+    knows its size avoid that.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        *,
+        allocate: Allocate,
+        discard: Discard,
+    ) -> None:
+        self._parts = parts
+        self._allocate = allocate
+        self._discard = discard
+        self.release()
+
+    @property
+    def num_used(self) -> int:
+        return self.capacity - len(self._free)
+
+    def reserve(self, capacity: int) -> None:
+        """Room for `capacity` pages in all. Raises: OutOfMemory; the pool is then as before."""
+        if capacity <= self.capacity:
+            return
+        grown: dict[str, torch.Tensor] = {}
+        try:
+            for part, (shape, dtype) in self._parts.items():
+                grown[part] = self._allocate(capacity, *shape, dtype=dtype)
+        except BaseException:
+            for tensor in grown.values():
+                self._discard(tensor)
+            raise
+        for part, tensor in grown.items():
+            tensor[: self.capacity] = self.tensors[part]
+            self._discard(self.tensors[part])
+        self._free = [*range(capacity - 1, self.capacity - 1, -1), *self._free]
+        self.tensors, self.capacity = grown, capacity
+
+    def take(self, num_pages: int) -> list[int]:
+        """Numbers of `num_pages` free pages, whose content is undefined. Grows by half if there are too few."""
+        if num_pages > len(self._free):
+            self.reserve(max(self.num_used + num_pages, self.capacity * 3 // 2))
+        return [self._free.pop() for _ in range(num_pages)]
+
+    def give(self, pages: list[int]) -> None:
+        self._free.extend(reversed(pages))
+
+    def release(self) -> None:
+        """Drop all pages, whose bytes the owner gives back."""
+        self.capacity = 0
+        self._free: list[int] = []
+        self.tensors = {
+            part: self._allocate(0, *shape, dtype=dtype) for part, (shape, dtype) in self._parts.items()
+        }
+
+
+class Ring:
+    """The newest exact tokens of a row of sequences: token t lies at slot `t % capacity`.
+
+    Shapes: tensor `[B, HK, capacity, D]`.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.capacity = tensor.shape[2]
+
+    def read(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """Tokens start..stop-1 of a row, in order. Shapes: `[HK, stop - start, D]`; a view where it can."""
+        count = stop - start
+        if count > self.capacity:
+            raise ValueError(f"a ring of {self.capacity} tokens cannot give {count}")
+        first = start % self.capacity
+        ring = self.tensor[row]
+        if first + count <= self.capacity:
+            return ring[:, first : first + count]
+        return torch.cat([ring[:, first:], ring[:, : first + count - self.capacity]], dim=1)
+
+    def write(self, row: int, start: int, tokens: torch.Tensor) -> None:
+        """Tokens start.. of a row; only the newest `capacity` are kept. Shapes: tokens `[HK, T, D]`."""
+        surplus = max(0, tokens.shape[1] - self.capacity)
+        tokens, start = tokens[:, surplus:], start + surplus
+        first = start % self.capacity
+        head = min(tokens.shape[1], self.capacity - first)
+        ring = self.tensor[row]
+        ring[:, first : first + head] = tokens[:, :head]
+        if head < tokens.shape[1]:
+            ring[:, : tokens.shape[1] - head] = tokens[:, head:]
+
+
+class ExactWindow:
+    """The exact tokens of one layer: the first `num_sinks` for ever, and rings of the newest.
+
+    Shapes: sink_keys, sink_values `[B, HK, S, D]`; length, num_keys, num_values int32 `[B]` on the device:
+    tokens in all, and how many of them are packed elsewhere.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        key_capacity: int,
+        value_capacity: int,
+        num_sinks: int,
+        dtype: torch.dtype,
+        allocate: Allocate,
+    ) -> None:
+        def exact(capacity: int) -> torch.Tensor:
+            return allocate(batch_size, num_heads, capacity, head_dim, dtype=dtype)
+
+        self.keys, self.values = Ring(exact(key_capacity)), Ring(exact(value_capacity))
+        self.sink_keys, self.sink_values = exact(num_sinks), exact(num_sinks)
+        self.length, self.num_keys, self.num_values = (
+            allocate(batch_size, dtype=torch.int32).zero_() for _ in range(3)
+        )
+
+    def write_sinks(self, row: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep those of the tokens start.. that are sinks. Shapes: keys, values `[HK, T, D]`."""
+        stop = min(start + keys.shape[1], self.sink_keys.shape[2])
+        if start < stop:
+            self.sink_keys[row, :, start:stop] = keys[:, : stop - start]
+            self.sink_values[row, :, start:stop] = values[:, : stop - start]
+
+    def set_lengths(self, row: int, length: int, num_keys: int, num_values: int) -> None:
+        self.length[row] = length
+        self.num_keys[row] = num_keys
+        self.num_values[row] = num_values
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (self.keys.tensor, self.values.tensor, self.sink_keys, self.sink_values)
+        yield from (self.length, self.num_keys, self.num_values)

@@ -1,0 +1,69 @@
+"""Decode attention over exact buffers: one query token a sequence, the fastest dense path there is.
+
+Which path is fastest depends on the processor, the dtype and the length (on one CPU torch's fused
+attention wins for 32 heads and loses threefold for 8), so the candidates are measured once for each
+shape and the winner is kept: an honest rival is the best one.
+"""
+
+import torch
+
+from kvlens.kernels.dense_attend import paths
+from kvlens.kernels.dense_attend.tune import Problem, fastest
+
+_LENGTHS = (512, 2048, 8192, 32768)
+"""Lengths at which the candidates are measured; a problem takes the first that is long enough."""
+
+_chosen: dict[str, str] = {}
+
+
+def dense_attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    *,
+    scaling: float,
+    longest: int,
+    is_ragged: bool = False,
+) -> torch.Tensor:
+    """softmax(scaling * q·K^T) V over the first `length` tokens of each sequence.
+
+    Shapes: query `[B, HQ, D]`, keys and values `[B, HK, capacity, D]`, length int32 `[B]` on the device,
+    output `[B, HQ, D]` in the query's dtype. `longest` is the greatest length and `is_ragged` whether they
+    differ, both known on the host.
+    Raises: ValueError for heads that do not group.
+    """
+    if query.shape[1] % keys.shape[1] != 0:
+        raise ValueError(f"query heads must be a multiple of {keys.shape[1]}; got {query.shape[1]}")
+    name = fastest(_problem(query, keys, longest))
+    _chosen[str(query.device)] = name
+    return paths.PATHS[name](
+        query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged
+    )
+
+
+def prepare(
+    *, batch_size: int, num_query_heads: int, num_kv_heads: int, head_dim: int, longest: int,
+    query_dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device,
+) -> None:  # fmt: skip
+    """Measure the candidates for every length up to `longest`, so that no step has to."""
+    for limit in _LENGTHS:
+        fastest(Problem(batch_size, num_query_heads, num_kv_heads, head_dim, limit,
+                        query_dtype, cache_dtype, str(device)))  # fmt: skip
+        if limit >= longest:
+            break
+
+
+def chosen_path(device: torch.device) -> str:
+    """The path last taken on `device`, in words; empty before the first step."""
+    return paths.DESCRIPTIONS.get(_chosen.get(str(device), ""), "")
+
+
+def _problem(query: torch.Tensor, keys: torch.Tensor, longest: int) -> Problem:
+    limit = next((limit for limit in _LENGTHS if limit >= longest), _LENGTHS[-1])
+    return Problem(
+        query.shape[0], query.shape[1], keys.shape[1], query.shape[2], limit,
+        query.dtype, keys.dtype, str(query.device),
+    )  # fmt: skip
+
+
