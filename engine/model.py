@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -69,20 +70,40 @@ class LoadedModel:
         cache_class = method(method_name).cache
         return cache_class(self.shape, config, device=self.device, dtype=self.cache_dtype, **options)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation by the model's own chat template, up to where its answer begins.
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """A conversation by the model's own chat template, up to where its answer begins.
 
         A model without a template continues the plain text of the conversation.
+        Raises: ModelError if the template refuses the conversation.
         """
         if self.tokenizer.chat_template is None:
-            return self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids
+            return "\n\n".join(message["content"] for message in messages)
         try:
-            text = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:
-            raise ModelError(f"The chat template of {self.name} does not take this conversation: {error}") from error
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        except (TemplateError, ValueError) as error:
+            raise ModelError(
+                f"The chat template of {self.name} does not take this conversation: {error}"
+            ) from error
+
+    def encode(self, text: str, *, is_continued: bool = False) -> list[int]:
+        """Tokens of rendered text; what a template has not written and the model expects comes first."""
+        has_own_start = self.tokenizer.chat_template is not None or is_continued
+        return self.tokenizer(text, add_special_tokens=not has_own_start).input_ids
+
+    def encode_after(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Tokens of `text`, of which `tokens` may be a beginning that a model has written itself.
+
+        Text that begins with exactly what `tokens` say keeps them: a model may spell an answer in other
+        tokens than its tokenizer would, and must not have to read it again.
+        """
+        start = 1 if tokens and tokens[0] == self.tokenizer.bos_token_id else 0
+        for skipped in {0, start}:
+            written = self.tokenizer.decode(tokens[skipped:])
+            if tokens and text.startswith(written):
+                return [*tokens, *self.encode(text[len(written) :], is_continued=True)]
+        return self.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -43,8 +43,6 @@ class ErrorProbe:
     """
 
     def __init__(self, shape: ModelShape, layer: int, *, device: torch.device) -> None:
-        if not 0 <= layer < shape.num_layers:
-            raise ValueError(f"layer must lie between 0 and {shape.num_layers - 1}; got {layer}")
         self.layer = layer
         heads = (shape.num_layers, shape.num_kv_heads)
         self._by_token = torch.empty(2, *heads, 0, dtype=torch.float16, device=device)
@@ -52,11 +50,23 @@ class ErrorProbe:
         self._peak = torch.zeros(2, *heads, shape.head_dim, device=device)
         self._exact: list[_Block] = []
         self._staged: list[_Block] = []
+        self._check(layer)
 
     @property
     def nbytes(self) -> int:
         blocks = [block.exact for block in (*self._exact, *self._staged)]
         return storage_bytes([self._by_token, self._by_channel, self._peak, *blocks])
+
+    def look_at(self, layer: int) -> None:
+        """Turn the microscope to another layer; exact copies are kept from here on."""
+        if layer != self.layer:
+            self._check(layer)
+            self.layer, self._exact = layer, []
+
+    def _check(self, layer: int) -> None:
+        num_layers = self._peak.shape[1]
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer must lie between 0 and {num_layers - 1}; got {layer}")
 
     def stage(self, layer: int, side: int, first_token: int, exact: torch.Tensor) -> None:
         """Remember a block that was just packed. Shapes: exact `[HK, t, D]`."""
@@ -108,6 +118,10 @@ class ErrorProbe:
         tile = cache.rebuild(self.layer, 0, 0, num_tokens)
         rebuilt = torch.stack([tile.keys.float(), tile.values.float()])
         exact = rebuilt.clone()
+        # What was packed before the microscope was turned to this layer is not known exactly any more.
+        known = self._by_token.shape[-1]
+        is_packed = ~self._by_token[:, self.layer].isnan()[..., :num_tokens]
+        exact[:, :, :known][is_packed] = torch.nan
         for block in self._exact:
             exact[block.side, :, block.first_token : block.stop] = block.exact.float()
         return exact.cpu().numpy(), rebuilt.cpu().numpy()
