@@ -220,7 +220,8 @@ class RowMaker:
         start = random.randrange(max(1, len(book) - num_characters - 300))
         first = re.compile(r"[.!?\"] |\n").search(book, start, start + 300)
         start = first.end() if first else start
-        return book[start : start + num_characters].rstrip()
+        prose = book[start : start + num_characters].rstrip()
+        return recall.whole_sentences(prose) if random.random() < 0.8 else prose
 
     def _target(self, random: Random, room: int) -> int:
         # Half of the conversations fill the row, the others are of any shorter length.

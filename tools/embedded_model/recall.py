@@ -62,7 +62,12 @@ def told(random: Random, fact: Fact, split: str, *, is_bare: bool = False) -> st
 
 def asked(random: Random, fact: Fact, split: str) -> str:
     """The question as a user types it."""
-    question = random.choice(split_parts(w.QUESTION_OPENERS, split)) + fact.question
+    opener = random.choice(split_parts(w.QUESTION_OPENERS, split) if random.random() < 0.7 else ("",))
+    question = (
+        opener
+        + fact.question
+        + random.choice(split_parts(w.QUESTION_CLOSERS, split) if random.random() < 0.4 else ("",))
+    )
     return capitalised(question) + random.choice("??????. ").strip()
 
 
@@ -95,6 +100,12 @@ def sentences_of(prose: str) -> list[str]:
             start = end
     pieces.append(prose[start:])
     return pieces
+
+
+def whole_sentences(prose: str) -> str:
+    """The prose up to the end of its last whole sentence."""
+    end = max(prose.rfind(mark) for mark in (". ", "! ", "? ", '." ', ".\n", '"\n'))
+    return prose[: end + 2].rstrip() if end > len(prose) // 2 else prose
 
 
 def hide_facts(
@@ -284,7 +295,7 @@ def recall_questions(
         length = int(num_tokens * CHARACTERS_PER_TOKEN * 1.3)
         while True:
             random.setstate(layout)
-            text = prose[start : start + length]
+            text = whole_sentences(prose[start : start + length])
             hidden = hide_facts(random, text, facts[:1], split, depth=depth)
             body = "".join(piece for piece, _ in hidden)
             if num_facts > 1:
