@@ -1,0 +1,64 @@
+"""A Triton launch as a value: run it here, or compile it for a GPU that this machine does not have.
+
+The compile goes through Triton's own `warmup`, so it specializes on the very arguments of the launch
+(divisible strides, aligned pointers) and gives the machine code that a GPU would be given. This module
+does not know what the kernels compute.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `arguments` are the kernel's by name, with `num_warps` and `num_stages`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments)
+
+    def compile(self, arch: int) -> Any:
+        """The compiled kernel (`asm`, `metadata`) for compute capability `arch`, e.g. 90.
+
+        Raises: RuntimeError in Triton's interpreter, which compiles nothing.
+        """
+        if triton.knobs.runtime.interpret:
+            raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, never compiled")
+        with _pretended(arch):
+            return self.kernel.warmup(grid=self.grid, **self.arguments)
+
+
+@contextmanager
+def _pretended(arch: int) -> Iterator[None]:
+    """Triton believes that the current device is an NVIDIA GPU of compute capability `arch`."""
+    from triton.runtime import driver
+
+    driver.set_active(_AbsentDriver(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # the real one, if any, is found again at the next launch
+
+
+class _AbsentDriver:
+    """Enough of a Triton driver to compile with. Devices are numbered by arch, which keys Triton's cache."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return -self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0

@@ -1,0 +1,45 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: what they compute, not how fast.
+
+Triton decides when a kernel is defined whether it is interpreted, so TRITON_INTERPRET must be set before
+the kernels are imported, and a process with it can compile nothing. This file therefore runs itself in a
+process of its own; there, and only there, it holds the real tests.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_kernels_in_the_interpreter():
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
+
+else:
+    from cases import quantize_cases
+    from hypothesis import given, settings
+    from triton_checks import any_attend_case, check_attend, check_quantize, triton_cases
+
+    # The interpreter is NumPy: log2(0) = -inf is meant, and numbers in masked lanes may overflow.
+    pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+    @pytest.mark.parametrize("case", triton_cases(), ids=lambda case: case.name)
+    def test_packed_attend(case):
+        check_attend(case, "cpu")
+
+    @settings(max_examples=12, deadline=None, derandomize=True)
+    @given(case=any_attend_case())
+    def test_packed_attend_of_any_layout(case):
+        check_attend(case, "cpu")
+
+    @pytest.mark.parametrize("case", quantize_cases(), ids=lambda case: case.name)
+    def test_quantize_pack(case):
+        check_quantize(case, "cpu")
