@@ -10,7 +10,6 @@ This module does not know which implementation is tested.
 from dataclasses import dataclass, replace
 
 import torch
-
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.quantize_pack import Packed
 from kvlens.kernels.quantize_pack.reference import pack, quantize_pack, unpack

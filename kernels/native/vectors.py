@@ -1,0 +1,256 @@
+"""Sixteen-lane fp32 vectors: the words that the native kernels are written in.
+
+`Lanes` wraps an LLVM vector while code is generated: Python operators emit instructions, so a generator
+reads like arithmetic. An address is an int64. Where the machine has no 512-bit registers LLVM splits every
+operation; nothing here asks, and only `looked_up_in` needs AVX-512.
+
+This module does not know what is computed with the vectors.
+"""
+
+import math
+
+from llvmlite import ir
+from numba.core import cgutils
+
+NUM_LANES = 16
+VECTOR_BYTES = 4 * NUM_LANES
+
+_i16, _i32, _i64, _f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+# How a stored element becomes fp32. The numbers are part of the compiled kernels' names.
+FP32, FP16, BF16 = 0, 1, 2
+ELEMENT_BYTES = {FP32: 4, FP16: 2, BF16: 2}
+
+
+# Taylor terms of 2**x = e**(x log 2): on [-1/2, 1/2] the first one left out is 5e-9.
+_EXP2_TERMS = [math.log(2) ** n / math.factorial(n) for n in range(8)]
+
+
+class Lanes:
+    """An LLVM vector of fp32 or int32 lanes; an operator emits its instruction.
+
+    Constants on the right may be a number (every lane) or a list (lane by lane).
+    """
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value):
+        self.builder, self.value = builder, value
+
+    @property
+    def num_lanes(self) -> int:
+        return self.value.type.count
+
+    def _operand(self, other) -> ir.Value:
+        if isinstance(other, Lanes):
+            return other.value
+        return constant(self.value.type, other)
+
+    def _emit(self, name: str, other) -> "Lanes":
+        prefix = "f" if self.value.type.element == _f32 and name in ("add", "sub", "mul", "div") else ""
+        return Lanes(self.builder, getattr(self.builder, prefix + name)(self.value, self._operand(other)))
+
+    def __add__(self, other):
+        return self._emit("add", other)
+
+    def __sub__(self, other):
+        return self._emit("sub", other)
+
+    def __mul__(self, other):
+        return self._emit("mul", other)
+
+    def __truediv__(self, other):
+        return self._emit("div", other)
+
+    def __lshift__(self, bits):
+        return self._emit("shl", bits)
+
+    def __rshift__(self, bits):
+        """A logical shift: zeros come in from the left."""
+        return self._emit("lshr", bits)
+
+    def __and__(self, other):
+        return self._emit("and_", other)
+
+    def __or__(self, other):
+        return self._emit("or_", other)
+
+    def pick(self, lanes: list[int], other: "Lanes | None" = None) -> "Lanes":
+        """The lanes named, in that order; numbers from `num_lanes` on mean `other`."""
+        if other is None and lanes == list(range(self.num_lanes)):
+            return self
+        undefined = ir.Constant(self.value.type, ir.Undefined)
+        order = ir.Constant(ir.VectorType(_i32, len(lanes)), lanes)
+        second = undefined if other is None else other.value
+        return Lanes(self.builder, self.builder.shuffle_vector(self.value, second, order))
+
+    def resized(self, num_lanes: int) -> "Lanes":
+        """Cut to `num_lanes`, or filled up with zeros."""
+        if num_lanes <= self.num_lanes:
+            return self.pick(list(range(num_lanes)))
+        zeros = Lanes(self.builder, constant(self.value.type, 0))
+        return self.pick([min(lane, self.num_lanes) for lane in range(num_lanes)], zeros)
+
+    def call(self, name: str, *others) -> "Lanes":
+        """An LLVM intrinsic that takes and gives vectors of this type."""
+        vector = self.value.type
+        kind = f"v{vector.count}" + ("f32" if vector.element == _f32 else "i32")
+        return self._call(f"llvm.{name}.{kind}", vector, [self, *others])
+
+    def _call(self, symbol: str, returned: ir.Type, operands: list) -> "Lanes":
+        values = [operand.value if isinstance(operand, Lanes) else operand for operand in operands]
+        kind = ir.FunctionType(returned, [value.type for value in values])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, symbol)
+        return Lanes(self.builder, self.builder.call(function, values))
+
+    def times_plus(self, factor, term) -> "Lanes":
+        """self * factor + term, rounded once."""
+        return self.call("fma", *(Lanes(self.builder, self._operand(each)) for each in (factor, term)))
+
+    def as_float(self) -> "Lanes":
+        """The fp32 numbers equal to these int32 lanes."""
+        return Lanes(self.builder, self.builder.sitofp(self.value, ir.VectorType(_f32, self.num_lanes)))
+
+    def as_int(self) -> "Lanes":
+        """The int32 lanes nearest to zero from these fp32 numbers."""
+        return Lanes(self.builder, self.builder.fptosi(self.value, ir.VectorType(_i32, self.num_lanes)))
+
+    def bits_as_float(self) -> "Lanes":
+        return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_f32, self.num_lanes)))
+
+    def larger(self, other: "Lanes") -> "Lanes":
+        """The larger of each pair of lanes; `other` where either is NaN."""
+        is_larger = self.builder.fcmp_ordered(">", self.value, other.value)
+        return Lanes(self.builder, self.builder.select(is_larger, self.value, other.value))
+
+    def smaller(self, other: "Lanes") -> "Lanes":
+        """The smaller of each pair of lanes; `other` where either is NaN."""
+        is_smaller = self.builder.fcmp_ordered("<", self.value, other.value)
+        return Lanes(self.builder, self.builder.select(is_smaller, self.value, other.value))
+
+    def where_zero(self, number: float) -> "Lanes":
+        """These fp32 lanes with `number` in place of zeros."""
+        is_zero = self.builder.fcmp_ordered("==", self.value, constant(self.value.type, 0.0))
+        replaced = self.builder.select(is_zero, constant(self.value.type, number), self.value)
+        return Lanes(self.builder, replaced)
+
+    def sum(self) -> ir.Value:
+        return self._folded(lambda low, high: low + high)
+
+    def largest(self) -> ir.Value:
+        return self._folded(lambda low, high: low.larger(high))
+
+    def smallest(self) -> ir.Value:
+        return self._folded(lambda low, high: low.smaller(high))
+
+    def _folded(self, combine) -> ir.Value:
+        """One scalar from all lanes, by halves. The lanes are a power of two."""
+        lanes = self
+        while lanes.num_lanes > 1:
+            half = lanes.num_lanes // 2
+            lanes = combine(lanes.pick(list(range(half))), lanes.pick(list(range(half, 2 * half))))
+        return self.builder.extract_element(lanes.value, ir.Constant(_i32, 0))
+
+    def rounded_to_half(self) -> "Lanes":
+        """These fp32 lanes rounded to the nearest fp16 number, still as fp32."""
+        halves = self.builder.fptrunc(self.value, ir.VectorType(ir.HalfType(), self.num_lanes))
+        return Lanes(self.builder, self.builder.fpext(halves, self.value.type))
+
+    def two_to_the(self) -> "Lanes":
+        """2 ** self for lanes up to 127, within 2 units in the last place; below -126 it stays at 2 ** -126."""
+        power = splat(self.builder, -126.0).larger(self)  # NaN stays NaN
+        whole = power.call("rint")
+        rest = power - whole
+        result = splat(self.builder, _EXP2_TERMS[-1])
+        for term in reversed(_EXP2_TERMS[:-1]):
+            result = result.times_plus(rest, term)
+        return result * ((whole.as_int() + 127) << 23).bits_as_float()
+
+    def looked_up_in(self, table: "Lanes", *, index_bits: int) -> "Lanes":
+        """table[lane & (2**index_bits - 1)] for every int32 lane, by one AVX-512 permutation.
+
+        `index_bits` 2: the table repeats every four lanes. `index_bits` 4: sixteen entries.
+        """
+        if index_bits == 2:
+            return self._call("llvm.x86.avx512.vpermilvar.ps.512", table.value.type, [table, self])
+        return self._call("llvm.x86.avx512.permvar.sf.512", table.value.type, [table, self])
+
+
+def constant(kind: ir.Type, number) -> ir.Constant:
+    """`number` in every lane, or a list lane by lane."""
+    numbers = list(number) if isinstance(number, (list, tuple)) else [number] * kind.count
+    cast = float if kind.element == _f32 else int
+    return ir.Constant(kind, [ir.Constant(kind.element, cast(each)) for each in numbers])
+
+
+def at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
+    """A typed pointer to `address + offset` bytes."""
+    if offset:
+        address = builder.add(address, ir.Constant(_i64, offset))
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load_floats(builder: ir.IRBuilder, address: ir.Value, count: int, *, element: int = FP32) -> Lanes:
+    """`count` neighbouring elements as fp32, reading not one byte more."""
+    stored = ir.VectorType(_f32 if element == FP32 else _i16, count)
+    value = builder.load(at(builder, address, stored), align=ELEMENT_BYTES[element])
+    floats = ir.VectorType(_f32, count)
+    if element == BF16:
+        return (Lanes(builder, builder.zext(value, ir.VectorType(_i32, count))) << 16).bits_as_float()
+    if element == FP16:
+        halves = builder.bitcast(value, ir.VectorType(ir.HalfType(), count))
+        return Lanes(builder, builder.fpext(halves, floats))
+    return Lanes(builder, value)
+
+
+def load_words(builder: ir.IRBuilder, address: ir.Value, count: int) -> Lanes:
+    """`count` neighbouring 16-bit words as int32 lanes, zero-extended."""
+    value = builder.load(at(builder, address, ir.VectorType(_i16, count)), align=2)
+    return Lanes(builder, builder.zext(value, ir.VectorType(_i32, count)))
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> Lanes:
+    """A scalar in all sixteen lanes."""
+    one = ir.Constant(ir.VectorType(value.type, NUM_LANES), ir.Undefined)
+    first = builder.insert_element(one, value, ir.Constant(_i32, 0))
+    return Lanes(builder, first).pick([0] * NUM_LANES)
+
+
+def load_broadcast(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) -> Lanes:
+    """The fp32 number at `address + offset` in all sixteen lanes."""
+    return broadcast(builder, builder.load(at(builder, address, _f32, offset), align=4))
+
+
+def splat(builder: ir.IRBuilder, number: float) -> Lanes:
+    """A constant in all sixteen lanes."""
+    return Lanes(builder, constant(ir.VectorType(_f32, NUM_LANES), number))
+
+
+def store_floats(
+    builder: ir.IRBuilder, lanes: Lanes, address: ir.Value, offset: int = 0, *, element: int = FP32
+) -> None:
+    """Write fp32 lanes as neighbouring elements at `address + offset`, rounded to nearest even."""
+    value = lanes.value
+    if element == FP16:
+        value = builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes.num_lanes))
+    elif element == BF16:
+        bits = Lanes(builder, builder.bitcast(value, ir.VectorType(_i32, lanes.num_lanes)))
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = ((bits >> 16) | 0x40).value
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        chosen = builder.select(is_nan, quiet_nan, rounded.value)
+        value = builder.trunc(chosen, ir.VectorType(_i16, lanes.num_lanes))
+    builder.store(value, at(builder, address, value.type, offset), align=ELEMENT_BYTES[element])
+
+
+def load_integers(builder: ir.IRBuilder, address: ir.Value, count: int) -> Lanes:
+    """`count` neighbouring int32 numbers."""
+    return Lanes(builder, builder.load(at(builder, address, ir.VectorType(_i32, count)), align=4))
+
+
+def store_integers(
+    builder: ir.IRBuilder, lanes: Lanes, address: ir.Value, offset: int = 0, *, bits: int = 32
+) -> None:
+    """Write int32 lanes as neighbours at `address + offset`; of 16 bits, their low halves."""
+    value = lanes.value
+    if bits == 16:
+        value = builder.trunc(value, ir.VectorType(_i16, lanes.num_lanes))
+    builder.store(value, at(builder, address, value.type, offset), align=bits // 8)
