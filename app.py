@@ -1,0 +1,39 @@
+"""KVLens: parse arguments, build the engine, launch."""
+
+import argparse
+import os
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Each option is an environment variable too: `--max-context` is `KVLENS_MAX_CONTEXT`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def option(name: str, default, **rest) -> None:
+        variable = "KVLENS_" + name.strip("-").replace("-", "_").upper()
+        parser.add_argument(name, default=os.environ.get(variable, default), **rest)
+
+    option("--model", None, help="Hugging Face name or folder; without it, the built-in model")
+    option("--device", "auto", help="auto, cpu, cuda or cuda:N")
+    option("--dtype", "auto", help="auto, float32, bfloat16 or float16")
+    option("--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    option("--port", 7860, type=int, help="port to listen on")
+    option("--max-context", None, type=int, help="most tokens of prompt and answer together")
+    option("--kernels", "auto", choices=("auto", "triton", "cpu", "reference"), help="which kernels to use")
+    option("--offer-models", None, help="comma-separated models that visitors may choose; 'none' fixes the model")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
+    os.environ["KERNELS"] = options.kernels
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+    from kvlens.ui.models import ModelHub, ModelRequest, parse_offer
+    from kvlens.ui.server import serve
+
+    request = ModelRequest(options.model, options.device, options.dtype, options.max_context)
+    serve(ModelHub(request, offered=parse_offer(options.offer_models)), host=options.host, port=options.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+// The one stream of payloads: the latest wins, at most one drawing a frame.
+"use strict";
+
+KVLens.feed = (() => {
+  const listeners = [];
+  let latest = null;
+  let isQueued = false;
+
+  function draw() {
+    isQueued = false;
+    if (latest === null) return;
+    const started = performance.now();
+    for (const listener of listeners) {
+      try { listener(latest); } catch (fault) { console.error(fault); }
+    }
+    KVLens.feed.lastDrawMs = performance.now() - started;
+    KVLens.feed.drawn += 1;
+  }
+  function schedule() {
+    if (isQueued) return;
+    isQueued = true;
+    requestAnimationFrame(draw);
+  }
+  return {
+    drawn: 0,
+    lastDrawMs: 0,
+    listen(listener) {
+      listeners.push(listener);
+      schedule();
+    },
+    redraw: schedule,
+    get latest() { return latest; },
+    receive(value) {
+      if (!value) return;
+      const payload = JSON.parse(value);
+      // A payload without a run keeps the picture and only changes state and notices.
+      latest = payload.lanes || !latest || payload.state === "empty" ? payload : { ...latest, ...payload };
+      document.body.dataset.kvState = latest.state;
+      schedule();
+    },
+  };
+})();
+
+// A gr.HTML component feeds its value to `receive`, now and at each update from Python.
+KVLens.follow = (component, receive) => {
+  component.watch("value", () => receive(component.props.value));
+  receive(component.props.value);
+};

@@ -1,0 +1,50 @@
+// The page as a whole: keys, the address, downloads, the panels.
+"use strict";
+
+KVLens.panels = (component) => {
+  const root = component.element.querySelector(".kv-panels");
+  const panel = (name) => root.appendChild(KVLens.make("section", { class: `kv-panel kv-panel-${name}` }));
+  const listeners = [
+    KVLens.memoryPanel(panel("memory")),
+    KVLens.errorPanel(panel("errors"), (view) => component.trigger("select", view)),
+    KVLens.speedPanel(panel("speed")),
+  ];
+  const off = new URLSearchParams(location.search).has("panels_off");
+  KVLens.feed.listen((payload) => { if (!off) for (const listener of listeners) listener(payload); });
+  KVLens.follow(component, KVLens.feed.receive);
+};
+
+// Python writes the address and its remarks on the lanes' settings; the page only shows them.
+KVLens.address = (component) => {
+  KVLens.follow(component, (text) => {
+    if (!text) return;
+    const { query, remarks } = JSON.parse(text);
+    KVLens.onRemarks.tell(remarks);
+    const kept = new URLSearchParams(location.search);
+    const next = new URLSearchParams(query);
+    for (const name of ["__theme", "panels_off"]) if (kept.has(name)) next.set(name, kept.get(name));
+    const search = next.toString();
+    history.replaceState(null, "", search ? `?${search}` : location.pathname);
+  });
+};
+
+KVLens.download = (component) => {
+  component.watch("value", () => {
+    if (!component.props.value) return;
+    const { name, mime, data } = JSON.parse(component.props.value);
+    const bytes = Uint8Array.from(atob(data), (sign) => sign.charCodeAt(0));
+    const link = KVLens.make("a", { href: URL.createObjectURL(new Blob([bytes], { type: mime })), download: name });
+    document.body.append(link);
+    link.click();
+    setTimeout(() => { URL.revokeObjectURL(link.href); link.remove(); }, 1000);
+  });
+};
+
+document.addEventListener("keydown", (event) => {
+  const isTyping = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || event.target.isContentEditable;
+  if (event.key === "Escape") document.querySelector("#kv-stop:not([disabled])")?.click();
+  else if (event.key === "/" && !isTyping) {
+    document.querySelector("#kv-prompt textarea")?.focus();
+    event.preventDefault();
+  } else if (event.key === "?" && !isTyping) document.querySelector("#kv-help")?.click();
+});

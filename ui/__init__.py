@@ -1,0 +1,1 @@
+"""What the person sees. The only place that imports gradio and plotly."""

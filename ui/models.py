@@ -1,0 +1,103 @@
+"""Which model the page serves: loaded in the background at start, changed on request, one at a time."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlens.engine.errors import EngineError
+from kvlens.engine.model import LoadedModel, load_model
+from kvlens.ui import text
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What was asked for at start. `name` None is the embedded model."""
+
+    name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_context: int | None = None
+
+
+def parse_offer(offer: str | None) -> list[str] | None:
+    """`a/b, c/d` as a list; None lets a person name any model; `none` fixes the model."""
+    if offer is None or not offer.strip():
+        return None
+    names = [name.strip() for name in offer.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+@dataclass
+class ModelHub:
+    """The model in service and how far the next one has come.
+
+    `offered` None lets a person name any model; a list allows these alone; an empty list fixes the model.
+    """
+
+    request: ModelRequest
+    offered: Sequence[str] | None = None
+    load: Callable[..., LoadedModel] = load_model
+    model: LoadedModel | None = None
+    progress: str = ""
+    problem: str = ""
+    is_loading: bool = False
+    version: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def start(self) -> None:
+        """Load the first model in the background: the page answers meanwhile."""
+        self.is_loading = True
+        threading.Thread(target=self._first, daemon=True, name="kvlens-model").start()
+
+    def _first(self) -> None:
+        try:
+            self.change(self.request.name)
+        except EngineError:
+            pass  # told on the page through `problem`
+
+    def change(self, name: str | None) -> LoadedModel:
+        """Load `name` and serve it; on a fault the present model stays. Raises: EngineError."""
+        label = name or "the built-in model"
+        self._tell(progress=text.MODEL_LOADING.format(name=label), problem="", is_loading=True)
+        try:
+            model = self.load(
+                name,
+                device=self.request.device,
+                dtype=self.request.dtype,
+                max_context=self.request.max_context,
+                progress=lambda *said: self._tell(progress=" ".join(map(str, said))),
+            )
+        except EngineError as error:
+            self._tell(progress="", problem=str(error), is_loading=False)
+            raise
+        except Exception as error:
+            reason = text.MODEL_FAILED.format(reason=f"{type(error).__name__}: {error}")
+            self._tell(progress="", problem=reason, is_loading=False)
+            raise EngineError(reason) from error
+        self._tell(model=model, progress="", problem="", is_loading=False)
+        return model
+
+    def _tell(self, **changes: Any) -> None:
+        with self._changed:
+            for name, value in changes.items():
+                setattr(self, name, value)
+            self.version += 1
+            self._changed.notify_all()
+
+    def wait_change(self, version: int, timeout: float) -> int:
+        """Blocks until something is newer than `version`, or the time is over; the version then."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.version != version, timeout)
+            return self.version
+
+    def check_allowed(self, name: str) -> None:
+        """Raises: EngineError if this page does not offer `name`."""
+        if not name:
+            raise EngineError(text.MODEL_NAME_EMPTY)
+        if self.offered is None:
+            return
+        if not self.offered:
+            raise EngineError(text.MODEL_CHANGE_OFF)
+        if name not in self.offered:
+            raise EngineError(text.MODEL_NOT_ALLOWED.format(names=", ".join(self.offered)))

@@ -1,0 +1,133 @@
+"""What the server keeps of each visitor: the conversation, the running ticket, the run on show.
+
+A session is found by the hash that Gradio gives each open page. The store is bounded: the visitor who
+was idle longest gives way, and caches of idle visitors are freed long before their texts.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlens.ui.address import Sampling
+from kvlens.ui.controls import LaneChoice
+from kvlens.ui.heat import View
+from kvlens.ui.recording import Recording
+
+MAX_SESSIONS = 64
+CACHE_IDLE_SECONDS = 10 * 60
+SESSION_IDLE_SECONDS = 2 * 60 * 60
+
+
+@dataclass
+class Turn:
+    """A prompt and each lane's answer to it."""
+
+    prompt: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Ticket:
+    """One asked-for run, from the click to its end. `stop` ends it wherever it is."""
+
+    prompt: str
+    lanes: dict[str, LaneChoice]
+    sampling: Sampling
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Session:
+    """One open page."""
+
+    turns: list[Turn] = field(default_factory=list)
+    ticket: Ticket | None = None
+    view: View = View()
+    recording: Recording | None = None
+    is_own_run: bool = False
+    comparison: Any = None
+    comparison_model: Any = None
+    last_seen: float = field(default_factory=time.monotonic)
+
+    def stop(self) -> None:
+        if self.ticket is not None:
+            self.ticket.stop.set()
+
+    def free(self) -> None:
+        """Give the caches back; the texts stay."""
+        comparison, self.comparison, self.comparison_model = self.comparison, None, None
+        if comparison is not None:
+            comparison.free()
+
+    def messages(self, lane_id: str, system_prompt: str, prompt: str) -> list[dict[str, str]]:
+        """The conversation as this lane had it, with its own earlier answers."""
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.prompt})
+            messages.append({"role": "assistant", "content": turn.answers.get(lane_id, "")})
+        return [*messages, {"role": "user", "content": prompt}]
+
+
+class SessionStore:
+    """Sessions by hash, least recently seen first. Safe from several threads."""
+
+    def __init__(self, max_sessions: int = MAX_SESSIONS, now: Callable[[], float] = time.monotonic) -> None:
+        self.max_sessions = max_sessions
+        self._now = now
+        self._lock = threading.Lock()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, key: str) -> Session:
+        """The session of a page, made if it is new. Frees what has been idle for too long."""
+        with self._lock:
+            session = self._sessions.setdefault(key, Session())
+            session.last_seen = self._now()
+            self._sessions.move_to_end(key)
+            gone, idle = self._expired()
+        self._let_go(gone, idle)
+        return session
+
+    def _expired(self) -> tuple[list[Session], list[Session]]:
+        now, gone, idle = self._now(), [], []
+        for key, session in list(self._sessions.items()):
+            age = now - session.last_seen
+            is_over_bound = len(self._sessions) > self.max_sessions
+            if session.ticket is None and (is_over_bound or age > SESSION_IDLE_SECONDS):
+                gone.append(self._sessions.pop(key))
+            elif session.ticket is None and age > CACHE_IDLE_SECONDS:
+                idle.append(session)
+        return gone, idle
+
+    @staticmethod
+    def _let_go(gone: list[Session], idle: list[Session]) -> None:
+        for session in gone:
+            session.stop()
+        for session in (*gone, *idle):
+            session.free()
+
+    def drop(self, key: str) -> None:
+        """A page was closed: its run ends and its caches go. A run in progress frees them as it ends."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+        if session is not None:
+            session.stop()
+            if session.ticket is None:
+                session.free()
+
+    def is_known(self, key: str, session: Session) -> bool:
+        return self._sessions.get(key) is session
+
+    def free_all(self) -> None:
+        """Another model comes: every conversation starts anew."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.stop()
+            session.free()
+            session.turns.clear()

@@ -1,0 +1,296 @@
+"""Every sentence that a person reads, in plain words: what it is, why it matters, what to do.
+
+`CLIENT` goes to the page's scripts as it is; `{braces}` there are filled by the script.
+"""
+
+from kvlens.ui.units import bytes_text, count_text
+
+TITLE = "KVLens"
+TAGLINE = "a playground and microscope for compressed KV caches"
+DESCRIPTION = (
+    "Chat with a real language model in two lanes, one with a plain fp16 cache and one with a compressed "
+    "cache, and watch what the compression costs and saves while the tokens arrive."
+)
+
+SERVING = "KVLens is at {address}"
+TAB_CHAT = "Chat"
+TAB_ABOUT = "About"
+
+PROMPT_PLACEHOLDER = "Ask both lanes the same thing. Enter sends, Shift+Enter makes a new line, Esc stops."
+SEND = "Send"
+STOP = "Stop"
+REGENERATE = "Regenerate"
+EDIT_LAST = "Edit last"
+CLEAR = "Clear"
+SETTINGS = "Sampling and system prompt"
+SYSTEM_PROMPT = "System prompt"
+SYSTEM_PROMPT_HINT = "Optional. Said to the model before the first turn, in both lanes."
+MAX_NEW_TOKENS = "Most new tokens"
+MAX_NEW_TOKENS_HELP = "An answer ends here if the model has not ended it before."
+TEMPERATURE = "Temperature"
+TEMPERATURE_HELP = "0 always takes the likeliest token."
+TOP_P = "Top-p"
+TOP_P_HELP = "Draw only from the likeliest tokens that together have this probability."
+SEED = "Seed"
+SEED_HELP = "Every lane draws with the same noise, so only the cache differs."
+LANE_EMPTY = "The answer appears here."
+
+EMPTY_PROMPT = "Type something first: an empty prompt has nothing to answer."
+NOTHING_TO_REGENERATE = "There is no answer to make again yet. Send a prompt first."
+NOTHING_TO_EDIT = "There is no prompt of yours to edit yet."
+NOTHING_TO_EXPORT = "There is no run to export yet. Send a prompt first."
+SESSION_EXPIRED = "This page was idle for long and its conversation was let go. Send a prompt to begin anew."
+MODEL_CHANGED = "Now serving {name}. Conversations start anew."
+MODEL_CHANGE_OFF = "The model of this page is fixed by whoever runs it."
+MODEL_NAME_EMPTY = "Type the name of a Hugging Face model or a folder on this machine."
+MODEL_NOT_ALLOWED = "This page only offers: {names}."
+MODEL_LOADING = "Loading {name} …"
+MODEL_FAILED = "The model could not be loaded: {reason}"
+IMPORT_FAILED = "This file is not a run exported from KVLens: {reason}"
+UNKNOWN_RUN = "That recorded run is not here any more."
+INTERNAL_FAULT = (
+    "Something broke while this ran ({kind}). The page goes on: send again, or clear the chat if it stays."
+)
+ADDRESS_FAULT = "The address asked for something this page does not have, so the default was taken: {reason}"
+
+
+def prompt_too_long(length: int, limit: int) -> str:
+    return (
+        f"This prompt has {count_text(length)} characters; the page takes up to {count_text(limit)}. Shorten it."
+    )
+
+
+def context_filling(used: int, limit: int) -> str:
+    return (
+        f"The context is nearly full: {count_text(used)} of {count_text(limit)} tokens. "
+        "Clear the chat before it ends in mid-answer."
+    )
+
+
+def recorded_label(model: str, device: str, date: str) -> str:
+    return f"Recorded run: {model}, {device}, {date}"
+
+
+def lane_estimate(num_tokens: int, live_bytes: int, fp16_bytes: int, num_values: int) -> str:
+    bits = 8 * live_bytes / num_values
+    return (
+        f"At {count_text(num_tokens)} tokens of this model: {bytes_text(live_bytes)}, "
+        f"{fp16_bytes / live_bytes:.1f}× smaller than fp16, {bits:.2f} bits per value."
+    )
+
+
+def why_memory(kv_bytes: int, fp16_bytes: int, weight_bytes: int, process_bytes: int, lane: str) -> str:
+    """The answer to `compressed, but the memory of the process did not fall`."""
+    share = 100 * kv_bytes / max(1, process_bytes)
+    share_text = "under 0.1 %" if share < 0.1 else f"{share:.1f} %"
+    saved = fp16_bytes - kv_bytes
+    if saved <= 0:
+        return (
+            f"So far {lane} holds its tokens exactly, so nothing is saved yet: what it packs are tokens that "
+            "have left its exact window. Go on talking, or take a shorter window."
+        )
+    return (
+        f"{lane} keeps {bytes_text(kv_bytes)} instead of {bytes_text(fp16_bytes)}, yet the process hardly "
+        f"shrinks: its cache is {share_text} of the {bytes_text(process_bytes)} held, which are mostly the "
+        f"weights ({bytes_text(weight_bytes)}) and the program. The saving grows with every token: see 32k and 128k."
+    )
+
+
+FINISH = {
+    "end": "ended by the model",
+    "length": "limit reached",
+    "context": "the context is full",
+    "stopped": "stopped",
+}
+
+CLIENT = {
+    "finish": FINISH,
+    "parts": {
+        "codes": "codes",
+        "scales": "scales and zeros",
+        "indices": "indices",
+        "coefficients": "coefficients",
+        "window": "exact window",
+        "sinks": "exact sinks",
+        "tables": "tables",
+        "dictionary": "dictionary",
+        "scratch": "scratch",
+    },
+    "part_help": {
+        "codes": "The packed values themselves, a few bits each.",
+        "scales": "What turns codes back into numbers: a scale and a zero for every group.",
+        "window": "Tokens still held exactly, in 16 bits.",
+        "sinks": "The first tokens, kept exactly for good.",
+    },
+    "lane": {
+        "tokens_per_second": "tok/s",
+        "bits": "bits per value",
+        "smaller": "× smaller",
+        "same": "the reference",
+        "speed_ratio": "× fp16",
+        "no_ratio": "no fp16 lane to compare",
+        "kv": "KV cache",
+        "of_fp16": "as in fp16",
+        "everything": "everything counted",
+        "prefilled": "read {new} tokens in {ms}",
+        "reused": "read {new} new tokens in {ms}, {reused} kept from before",
+        "parts_at": "parts from {other} at token {n}",
+        "together": "same tokens so far",
+        "identical": "same answer, token for token",
+        "simulated": "Simulated: it rounds but stores fp16, so its bytes are what it would take, not what it takes.",
+        "method": "Method",
+        "preset": "Preset",
+        "custom": "custom",
+        "default": "default",
+        "settings": "Settings of this lane",
+        "nothing_to_set": "Nothing to set: every token is kept exactly, in 16 bits.",
+        "on": "on",
+        "off": "off",
+        "none": "none",
+        "jump": "Show the token where the answers part",
+    },
+    "chat": {
+        "recorded_hint": "Nothing is computed yet. Send a prompt to run it here.",
+        "replay": "Replay",
+        "waiting": "Waiting for the engine: another run goes first.",
+        "reading": "Reading the prompt …",
+        "loading": "The model is loading; the run starts by itself.",
+        "probability": "probability {p}",
+        "alternatives": "instead of it",
+        "parted_here": "the answers part here",
+    },
+    "memory": {
+        "title": "KV memory",
+        "subtitle": "bytes by part while the cache grows",
+        "tokens": "tokens in the cache",
+        "fp16": "fp16",
+        "total": "all parts",
+        "fp16_row": "the same in fp16",
+        "reserved": "allocated for it",
+        "machine": "Beside it",
+        "process": "this process",
+        "weights": "weights",
+        "allocated": "device, allocated",
+        "peak": "device, peak",
+        "used": "device, in use",
+        "of": "{used} of {total}",
+        "no_device": "none",
+        "device": "device memory",
+        "projection": "At longer context, by formula",
+        "at_tokens": "{n} tokens",
+        "probe": "The microscope's own exact copies ({bytes}) are not counted.",
+    },
+    "errors": {
+        "title": "Error",
+        "subtitle": "of the packed cache against the lane's own exact tensors",
+        "keys": "K",
+        "values": "V",
+        "keys_title": "Keys",
+        "values_title": "Values",
+        "figures": {"tokens": "layer × token", "channels": "channel × token", "heads": "layer × head"},
+        "quantities": {"magnitude": "exact magnitude", "rebuilt": "rebuilt", "error": "error"},
+        "quantity_axis": {"magnitude": "|exact|", "rebuilt": "|rebuilt|", "error": "|exact − rebuilt|"},
+        "layer": "Layer",
+        "head": "Head",
+        "channel": "channel",
+        "token": "token",
+        "relative": "relative error",
+        "exact": "still exact",
+        "mean": "mean {error}",
+        "layer_next": "Layer {n} comes under the microscope with the next run.",
+        "pooled": "one column is {n} tokens",
+        "none": "No error to show: every token is still exact.",
+        "none_hint": "A compressed lane packs tokens once they leave its exact window.",
+        "no_probe": "The next run looks inside a layer and fills this picture.",
+        "outliers": "Steady bright rows are outlier channels of the keys: why KIVI scales keys by channel.",
+        "value_note": "Values have no such channels, so KIVI scales them by token.",
+        "axis": {"tokens": "token", "channels": "token", "heads": "head"},
+    },
+    "speed": {
+        "title": "Speed",
+        "subtitle": "each step timed by itself",
+        "decode": "decode",
+        "prefill": "prefill",
+        "first": "first token after",
+        "tokens_per_second": "tokens/s",
+        "token": "new token",
+        "turns": "Lanes take turns on one device, so each streams slower than its own tokens/s.",
+        "cpu": "These speeds are this CPU's. Bytes are exact on every machine.",
+        "path": "attention",
+    },
+    "header": {
+        "parameters": "weights",
+        "context": "context {n}",
+        "context_used": "{used} of {limit} tokens",
+        "context_label": "Context",
+        "recorded": "Recorded runs",
+        "link": "Copy link",
+        "copied": "Copied",
+        "export": "Export",
+        "export_json": "This run (JSON, can be imported)",
+        "export_csv": "Its steps (CSV)",
+        "import": "Import a run …",
+        "help": "Help",
+        "theme": "Light or dark",
+        "change_model": "Another model",
+        "model_hint": "Hugging Face name or folder",
+        "load": "Load",
+        "loading": "loading the model …",
+        "no_model": "no model",
+        "cpu": "CPU: speeds are this machine's own. Bytes are exact everywhere.",
+        "none_recorded": "No recorded runs are installed.",
+        "offered": "Offered here",
+    },
+    "help": [
+        ["Two lanes, one prompt", "Both lanes are the same model. Only the cache of keys and values differs."],
+        ["Bits per value", "All bytes of the cache, scales and exact tokens included, over all values it stands for."],
+        ["× smaller", "The bytes of a plain fp16 cache of the same tokens, over the bytes held."],
+        ["Where they part", "Once one token differs, the texts are no longer comparable word by word."],
+        ["Hover a finished answer", "It shows each token's probability and what nearly stood there."],
+        ["Keys", "Enter sends · Shift+Enter new line · Esc stops · / goes to the prompt · ? opens this."],
+    ],
+}
+
+ABOUT_INTRO = """
+A language model keeps a key and a value of every token it has read, in every layer. At long context this
+**KV cache** outgrows the weights. Many methods compress it. KVLens runs them for real, next to the exact
+cache, and shows what they save and what they cost while you talk to the model.
+"""
+ABOUT_METHODS = "## Methods"
+ABOUT_NUMBERS = """
+## How the numbers are measured
+
+- **Bytes** are summed from the real tensors of the cache: codes, scales, exact window, everything. They are
+  exact on every machine. *All parts* is what the stored tokens occupy; *allocated* is what is set aside for them.
+- **Bits per value** and **× smaller** count everything, the exact window included. A short chat is mostly window, so
+  little is saved there; the longer the context, the closer it comes to the method's own rate.
+- **Error** is taken where a block is known both exactly and packed: at the moment it is packed. It is the norm of the
+  difference over the norm of the exact part, always against the lane's own exact tensors.
+- **Speed** is the model's step alone. Lanes take turns and each step is timed by itself, so they do not spoil each
+  other's figures. Reading the prompt (prefill) and answering (decode) are reported apart; warm-up is not counted.
+- **32k and 128k** come from the same formula that the real bytes are checked against, to the byte.
+"""
+ABOUT_LIMITS = """
+## What the built-in model can and cannot do
+
+The model that comes with KVLens is very small, so that the page works on any machine without a download. It can chat
+simply, tell little stories and recall facts given in its prompt. It knows little about the world, it makes
+mistakes, and compression hurts a small model more than a large one. For figures that matter to you, load your own
+model: `python app.py --model <Hugging Face name or folder>`.
+"""
+ABOUT_API = """
+## From a program
+
+```python
+from gradio_client import Client
+
+client = Client("{address}")
+print(client.predict(api_name="/methods"))
+print(client.predict("kivi", {{"num_layers": 32, "num_query_heads": 32, "num_kv_heads": 8, "head_dim": 128}},
+                     32768, api_name="/estimate"))
+job = client.submit("Tell me a story about a heron.", api_name="/compare")
+for update in job:
+    print(update["lanes"]["b"]["live_bytes"])
+```
+"""
+METHODS_HEADERS = ("Method", "What it does", "Bits per value at 32k", "Source")
