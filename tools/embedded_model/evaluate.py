@@ -258,6 +258,7 @@ def evaluate(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "load_seconds": load_seconds,
+        "num_recall_questions": count,
         "decode_tokens_per_second": decode_speed(model, tokenizer),
         "perplexity": perplexities(model, tokenizer, held_out, data / "eval", max_tokens=max_tokens),
         "recall_one_fact_unseen_wording": recall_table(
