@@ -107,7 +107,7 @@ class ErrorProbe:
             by_token=by_token.float().cpu().numpy(),
             by_head=_relative(error.sum(dim=-1), norm.sum(dim=-1)).cpu().numpy(),
             by_channel=_relative(error, norm).cpu().numpy(),
-            peak_channel=self._peak.cpu().numpy(),
+            peak_channel=self._peak.cpu().numpy().copy(),
             probed_layer=self.layer,
             exact=exact,
             rebuilt=rebuilt,

@@ -66,6 +66,9 @@ class DenseCache(KVCache):
         grown = self.allocate(
             self.num_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype
         )
+        if self.num_rows > 1:
+            # A shorter sequence's unwritten tail enters a batched product with weight 0, and 0 * NaN is NaN.
+            grown.zero_()
         if buffers:
             grown[:, :, : self._capacity] = buffers[layer]
             self.discard(buffers[layer])

@@ -1,0 +1,43 @@
+"""What every test shares: fixed seeds, NaN in memory that nobody has written, small models."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` gives NaN (the largest integer for integers): reading what was never written shows."""
+    original = torch.empty
+
+    def empty(*size, **options):
+        tensor = original(*size, **options)
+        worst = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        return tensor.fill_(worst)
+
+    monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random Llama of two layers and a byte tokenizer with a chat template."""
+    return tiny.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: str):
+    """The model of `tiny_folder`, loaded as any other."""
+    from kvlens.engine.model import load_model
+
+    return load_model(tiny_folder, device="cpu")
