@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
-
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
@@ -30,6 +28,7 @@ from kvlens.engine.layer import LayerHandle
 from kvlens.engine.probe import ErrorProbe
 from kvlens.engine.segments import TILE_TOKENS, Partial, Tile, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
+from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -301,21 +300,16 @@ class KVCache(transformers.Cache, ABC):
             kept = slice(None) if valid is None else valid[row].nonzero().squeeze(-1)
             tile = Tile(fresh.keys[row, :, kept], fresh.values[row, :, kept])
             if tile.keys.shape[1]:
-                partial = self._attend_past(
-                    layer, row, query[row, :, kept], [*pending[row], tile], scaling=scaling
-                )
+                partial = self._attend_past(layer, row, query[row, :, kept], [*pending[row], tile], scaling=scaling)
                 output[row, :, kept] = partial.output.to(query.dtype)
                 pending[row].append(tile)
         return output
 
-    def _attend_past(
-        self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float
-    ) -> Partial:
+    def _attend_past(self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float) -> Partial:
         """`query` over everything stored and the `exact` tiles, the last of which are the queries' own."""
         length = self.lengths[layer][row]
         stored = (
-            self.rebuild(layer, row, start, min(start + TILE_TOKENS, length))
-            for start in range(0, length, TILE_TOKENS)
+            self.rebuild(layer, row, start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)
         )
         partials = [attend_tile(query, tile, scaling=scaling) for tile in stored]
         partials += [attend_tile(query, tile, scaling=scaling) for tile in exact[:-1]]

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory
 from kvlens.engine.lane import Lane, LaneSpec
@@ -99,9 +98,7 @@ class Comparison:
 
     # ------------------------------------------------------------------ inside
 
-    def _render(
-        self, messages: Messages | Mapping[str, Messages], lanes: Sequence[LaneSpec]
-    ) -> dict[str, str]:
+    def _render(self, messages: Messages | Mapping[str, Messages], lanes: Sequence[LaneSpec]) -> dict[str, str]:
         """The conversation of each lane as text, checked."""
         ids = [spec.lane_id for spec in lanes]
         if not 1 <= len(ids) <= MAX_LANES or len(set(ids)) != len(ids):
@@ -142,16 +139,12 @@ class Comparison:
                 self.model, spec, probed_layer=options.probed_layer, budget=self._budget
             )
 
-    def _run(
-        self, prompts: dict[str, list[int]], options: RunOptions, stop: threading.Event
-    ) -> Iterator[RunLog]:
+    def _run(self, prompts: dict[str, list[int]], options: RunOptions, stop: threading.Event) -> Iterator[RunLog]:
         room = {lane_id: self.model.max_context - len(ids) for lane_id, ids in prompts.items()}
         limits = {lane_id: min(options.max_new_tokens, room[lane_id]) for lane_id in prompts}
         record, glance = None, _Glance()
         for lane_id, lane in self._lanes.items():
-            start = lane.start(
-                prompts[lane_id], max_new_tokens=limits[lane_id], probed_layer=options.probed_layer
-            )
+            start = lane.start(prompts[lane_id], max_new_tokens=limits[lane_id], probed_layer=options.probed_layer)
             with closing(start):
                 for _ in start:
                     record = self._record(record)

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
-
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.cache import Checkpoint, KVCache
 from kvlens.engine.config import MethodConfig
@@ -47,9 +46,7 @@ class _Anchor:
 class Lane:
     """A cache with the tokens that are in it. `log` is the record of the run that is going on."""
 
-    def __init__(
-        self, model: LoadedModel, spec: LaneSpec, *, probed_layer: int, budget: MemoryBudget | None
-    ) -> None:
+    def __init__(self, model: LoadedModel, spec: LaneSpec, *, probed_layer: int, budget: MemoryBudget | None) -> None:
         self.spec = spec
         self.log = LaneLog(spec.lane_id, spec.method, "")
         self._model = model

@@ -8,7 +8,6 @@ from functools import cache
 
 import psutil
 import torch
-
 from kvlens.engine.trace import MachineMemory
 
 

@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
 from kvlens.engine import bridge
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
@@ -21,6 +18,8 @@ from kvlens.engine.errors import ModelError
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "model"
 
@@ -79,13 +78,9 @@ class LoadedModel:
         if self.tokenizer.chat_template is None:
             return "\n\n".join(message["content"] for message in messages)
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError) as error:
-            raise ModelError(
-                f"The chat template of {self.name} does not take this conversation: {error}"
-            ) from error
+            raise ModelError(f"The chat template of {self.name} does not take this conversation: {error}") from error
 
     def encode(self, text: str, *, is_continued: bool = False) -> list[int]:
         """Tokens of rendered text; what a template has not written and the model expects comes first."""

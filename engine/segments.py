@@ -55,9 +55,7 @@ def attend_tile(query: torch.Tensor, tile: Tile, *, scaling: float, is_causal: b
     )
 
 
-def _attend(
-    query: torch.Tensor, tile: Tile, *, scaling: float, first: int | None, total: int | None = None
-) -> Partial:
+def _attend(query: torch.Tensor, tile: Tile, *, scaling: float, first: int | None, total: int | None = None) -> Partial:
     num_kv_heads, num_tokens, head_dim = tile.keys.shape
     num_query_heads, num_queries, _ = query.shape
     grouped = query.float().reshape(num_kv_heads, -1, head_dim)

@@ -18,8 +18,7 @@ class ModelShape:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.num_query_heads % self.num_kv_heads != 0:
             raise ValueError(
-                f"num_query_heads must be a multiple of num_kv_heads ({self.num_kv_heads}); "
-                f"got {self.num_query_heads}"
+                f"num_query_heads must be a multiple of num_kv_heads ({self.num_kv_heads}); got {self.num_query_heads}"
             )
 
     @property

@@ -66,9 +66,57 @@ class PagePool:
         """Drop all pages, whose bytes the owner gives back."""
         self.capacity = 0
         self._free: list[int] = []
-        self.tensors = {
-            part: self._allocate(0, *shape, dtype=dtype) for part, (shape, dtype) in self._parts.items()
-        }
+        self.tensors = {part: self._allocate(0, *shape, dtype=dtype) for part, (shape, dtype) in self._parts.items()}
+
+
+class PageTable:
+    """Which pages of a pool hold a sequence: on the host as lists, on the device as one tensor.
+
+    Shapes: tensor int32 `[L, B, M]`, in which entry m of a sequence is its m-th page; entries past its last
+    page are undefined.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, pool: PagePool, *, allocate: Allocate, discard: Discard) -> None:
+        self.pool = pool
+        self._size = (num_layers, num_rows)
+        self._allocate = allocate
+        self._discard = discard
+        self.release()
+
+    def reserve(self, num_pages: int) -> None:
+        """Room for `num_pages` pages in every layer of every sequence. Raises: OutOfMemory."""
+        old = self.tensor
+        if num_pages <= old.shape[2]:
+            return
+        num_layers, num_rows = self._size
+        self.pool.reserve(num_layers * num_rows * num_pages)
+        self.tensor = self._allocate(num_layers, num_rows, num_pages, dtype=torch.int32)
+        self.tensor[:, :, : old.shape[2]] = old
+        self._discard(old)
+
+    def of(self, layer: int, row: int) -> list[int]:
+        """Pages of a sequence, in the order of its tokens."""
+        return self._pages[layer][row]
+
+    def add(self, layer: int, row: int, count: int) -> list[int]:
+        """`count` more pages for a sequence; their numbers."""
+        pages, fresh = self._pages[layer][row], self.pool.take(count)
+        self.tensor[layer, row, len(pages) : len(pages) + count] = torch.tensor(fresh, dtype=torch.int32)
+        pages.extend(fresh)
+        return fresh
+
+    def cut(self, layer: int, row: int, kept: int) -> None:
+        """Give back all but the first `kept` pages of a sequence."""
+        pages = self._pages[layer][row]
+        self.pool.give(pages[kept:])
+        del pages[kept:]
+
+    def release(self) -> None:
+        """Forget every page, whose bytes the owner gives back."""
+        num_layers, num_rows = self._size
+        self.pool.release()
+        self.tensor = self._allocate(num_layers, num_rows, 0, dtype=torch.int32)
+        self._pages: list[list[list[int]]] = [[[] for _ in range(num_rows)] for _ in range(num_layers)]
 
 
 class Ring:

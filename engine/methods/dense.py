@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register
@@ -63,9 +62,7 @@ class DenseCache(KVCache):
 
     def _grown(self, layer: int, buffers: list[torch.Tensor], capacity: int) -> torch.Tensor:
         shape = self.shape
-        grown = self.allocate(
-            self.num_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype
-        )
+        grown = self.allocate(self.num_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype)
         if self.num_rows > 1:
             # A shorter sequence's unwritten tail enters a batched product with weight 0, and 0 * NaN is NaN.
             grown.zero_()

@@ -17,14 +17,13 @@ from math import gcd
 from typing import Any
 
 import torch
-
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig, setting
 from kvlens.engine.footprint import CacheView
 from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.engine.storage import ExactWindow, PagePool, Ring
+from kvlens.engine.storage import ExactWindow, PagePool, PageTable, Ring
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.quantize_pack import Packed, check_layout, dequantize, quantize_pack, unpack
 
@@ -40,9 +39,7 @@ class KiviConfig(MethodConfig):
     """Settings of KIVI. The defaults are the authors'."""
 
     key_bits: int = setting(2, label="Key bits", unit="bits", choices=(2, 4), help="Bits of a key's code.")
-    value_bits: int = setting(
-        2, label="Value bits", unit="bits", choices=(2, 4), help="Bits of a value's code."
-    )
+    value_bits: int = setting(2, label="Value bits", unit="bits", choices=(2, 4), help="Bits of a value's code.")
     group_size: int = setting(
         32, label="Group size G", unit="values", choices=(32, 64, 128),
         help="How many neighbours share a scale and a minimum. Smaller is finer and costs more bytes.",
@@ -83,9 +80,7 @@ class KiviConfig(MethodConfig):
             page for page in pages
             if self.residual_length % page == 0 and self.group_size % (page * self.key_bits // 16) == 0
         )  # fmt: skip
-        return PageLayout(
-            max(fitting), self.key_bits, self.value_bits, self.group_size, self.value_group(head_dim)
-        )
+        return PageLayout(max(fitting), self.key_bits, self.value_bits, self.group_size, self.value_group(head_dim))
 
     def num_packed_keys(self, num_tokens: int) -> int:
         return max(0, num_tokens - self.num_sinks) // self.residual_length * self.residual_length
@@ -149,7 +144,7 @@ class KiviCache(KVCache):
         key_groups = (heads, dim, layout.page_tokens // layout.key_group_size)
         value_row = (heads, layout.page_tokens, dim * layout.value_bits // 16)
         value_groups = (heads, layout.page_tokens, dim // layout.value_group_size)
-        self._pool = PagePool(
+        pool = PagePool(
             {
                 "key_codes": (key_row, torch.int16),
                 "key_scale": (key_groups, torch.float16),
@@ -161,8 +156,7 @@ class KiviCache(KVCache):
             allocate=self.allocate,
             discard=self.discard,
         )
-        self._pages: list[list[list[int]]] = []
-        self._table: torch.Tensor | None = None
+        self._table = PageTable(shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard)
         self._layers: list[ExactWindow] = []
 
     # ------------------------------------------------------------------ storing
@@ -170,10 +164,7 @@ class KiviCache(KVCache):
     def reserve(self, num_tokens: int) -> None:
         if not self._layers:
             self._allocate_layers()
-        num_pages = self.config.num_packed_keys(num_tokens) // self.layout.page_tokens
-        if self._table is None or num_pages > self._table.shape[2]:
-            self._grow_table(num_pages)
-            self._pool.reserve(self.shape.num_layers * self.num_rows * num_pages)
+        self._table.reserve(self.config.num_packed_keys(num_tokens) // self.layout.page_tokens)
 
     def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         before = self.lengths[layer][row]
@@ -203,13 +194,11 @@ class KiviCache(KVCache):
             self.layout,
             self._packed("key"),
             self._packed("value"),
-            self._table[layer],
+            self._table.tensor[layer],
             state.num_keys,
             state.num_values,
         )
-        exact = ExactTokens(
-            state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length
-        )
+        exact = ExactTokens(state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length)
         output = packed_attend(query, past, exact, scaling=scaling).output
         for row, length in enumerate(lengths):
             self._flush(layer, row, length, length + 1)
@@ -228,34 +217,28 @@ class KiviCache(KVCache):
             self._pack_values(layer, row, state.values.read(row, sinks + packed, sinks + due), before, after)
             state.num_values[row] = due
 
-    def _with_window(
-        self, ring: Ring, row: int, num_packed: int, before: int, fresh: torch.Tensor
-    ) -> torch.Tensor:
+    def _with_window(self, ring: Ring, row: int, num_packed: int, before: int, fresh: torch.Tensor) -> torch.Tensor:
         """Every exact token that is not a sink: the window, then the fresh ones. Shapes: `[HK, T, D]`."""
         first = self.config.num_sinks + num_packed
         if before <= first:
             return fresh[:, first - before :]
         return torch.cat([ring.read(row, first, before).to(fresh.dtype), fresh], dim=1)
 
-    def _pack_keys(
-        self, layer: int, row: int, keys: torch.Tensor, before: int, after: int
-    ) -> torch.Tensor:
+    def _pack_keys(self, layer: int, row: int, keys: torch.Tensor, before: int, after: int) -> torch.Tensor:
         """Pack the keys due when `after` tokens are stored; `keys` begins at the first exact one. Gives the rest."""
         packed, due = self.config.num_packed_keys(before), self.config.num_packed_keys(after)
         count = due - packed
         if count == 0:
             return keys
         block = keys[:, :count].to(self.dtype)
-        pages = self._add_pages(layer, row, count // self.layout.page_tokens)
+        pages = self._table.add(layer, row, count // self.layout.page_tokens)
         rows = block.unflatten(1, (-1, self.layout.page_tokens)).permute(1, 0, 3, 2)
         codes = quantize_pack(rows, bits=self.layout.key_bits, group_size=self.layout.key_group_size)
         self._packed("key")[pages] = codes
         self._observe(layer, row, 0, self.config.num_sinks + packed, block)
         return keys[:, count:]
 
-    def _pack_values(
-        self, layer: int, row: int, values: torch.Tensor, before: int, after: int
-    ) -> torch.Tensor:
+    def _pack_values(self, layer: int, row: int, values: torch.Tensor, before: int, after: int) -> torch.Tensor:
         """The same for values, which are packed token by token into the pages of the keys."""
         packed, due = self.config.num_packed_values(before), self.config.num_packed_values(after)
         count = due - packed
@@ -263,7 +246,7 @@ class KiviCache(KVCache):
             return values
         block = values[:, :count].to(self.dtype)
         codes = quantize_pack(block, bits=self.layout.value_bits, group_size=self.layout.value_group_size)
-        pages, store = self._pages[layer][row], self._packed("value")
+        pages, store = self._table.of(layer, row), self._packed("value")
         done = 0
         while done < count:
             page, slot = divmod(packed + done, self.layout.page_tokens)
@@ -306,9 +289,7 @@ class KiviCache(KVCache):
         """The packed ones among the keys start..stop-1, in fp32. Shapes: `[HK, t, D]`."""
         count = self.config.num_packed_keys(self.lengths[layer][row])
         pages, first, last = self._page_range(layer, row, count, start, stop)
-        rows = dequantize(
-            self._packed("key")[pages], bits=self.layout.key_bits, group_size=self.layout.key_group_size
-        )
+        rows = dequantize(self._packed("key")[pages], bits=self.layout.key_bits, group_size=self.layout.key_group_size)
         return rows.permute(1, 0, 3, 2).flatten(1, 2)[:, first:last]
 
     def _packed_values(self, layer: int, row: int, start: int, stop: int) -> torch.Tensor:
@@ -319,24 +300,22 @@ class KiviCache(KVCache):
         )
         return rows.transpose(0, 1).flatten(1, 2)[:, first:last]
 
-    def _page_range(
-        self, layer: int, row: int, num_packed: int, start: int, stop: int
-    ) -> tuple[list[int], int, int]:
+    def _page_range(self, layer: int, row: int, num_packed: int, start: int, stop: int) -> tuple[list[int], int, int]:
         """Pages that hold the packed ones among tokens start..stop-1, and where these lie in them."""
         first = min(max(start - self.config.num_sinks, 0), num_packed)
         last = min(max(stop - self.config.num_sinks, 0), num_packed)
         page_tokens = self.layout.page_tokens
         skipped = first // page_tokens
-        pages = self._pages[layer][row][skipped : -(-last // page_tokens)] if last > first else []
+        pages = self._table.of(layer, row)[skipped : -(-last // page_tokens)] if last > first else []
         return pages, first - skipped * page_tokens, last - skipped * page_tokens
 
     def view(self, layer: int, head: int, row: int = 0) -> CacheView:
         exact = super().view(layer, head, row)
         length = self.lengths[layer][row]
         num_keys, num_values = self.config.num_packed_keys(length), self.config.num_packed_values(length)
-        pages = self._pages[layer][row]
-        key_codes = unpack(self._pool.tensors["key_codes"][pages, head], bits=self.layout.key_bits)
-        value_codes = unpack(self._pool.tensors["value_codes"][pages, head], bits=self.layout.value_bits)
+        pages, tensors = self._table.of(layer, row), self._table.pool.tensors
+        key_codes = unpack(tensors["key_codes"][pages, head], bits=self.layout.key_bits)
+        value_codes = unpack(tensors["value_codes"][pages, head], bits=self.layout.value_bits)
         return CacheView(
             exact.keys,
             exact.values,
@@ -353,7 +332,7 @@ class KiviCache(KVCache):
         live = dict.fromkeys(("codes", "scales", "window", "sinks", "tables"), 0)
         if not self._layers:
             return live
-        tensors, page = self._pool.tensors, self.layout.page_tokens
+        tensors, page = self._table.pool.tensors, self.layout.page_tokens
         exact_token = self._layers[0].keys.tensor[0, :, 0].nbytes
         for layer, rows in enumerate(self.lengths):
             for row, length in enumerate(rows):
@@ -365,26 +344,25 @@ class KiviCache(KVCache):
                     live["scales"] += 2 * scale[0].nbytes * count // page if count else 0
                 live["window"] += (2 * (length - sinks) - keys - values) * exact_token
                 live["sinks"] += 2 * sinks * exact_token
-                live["tables"] += (len(self._pages[layer][row]) + 3) * 4
+                live["tables"] += (len(self._table.of(layer, row)) + 3) * 4
         return live
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from self._pool.tensors.values()
-        if self._table is not None:
-            yield self._table
+        yield from (*self._table.pool.tensors.values(), self._table.tensor)
         for state in self._layers:
             yield from state.tensors()
 
     # ------------------------------------------------------------------ going back, and the end
 
     def save(self) -> Any:
+        sinks = self.config.num_sinks
         return [
             [
                 (
-                    state.keys.read(row, self.config.num_sinks + self._num_keys(layer, row), length).clone(),
-                    state.values.read(row, self.config.num_sinks + self._num_values(layer, row), length).clone(),
+                    state.keys.read(row, sinks + self.config.num_packed_keys(length), length).clone(),
+                    state.values.read(row, sinks + self.config.num_packed_values(length), length).clone(),
                 )
-                if length > self.config.num_sinks
+                if length > sinks
                 else None
                 for row, length in enumerate(self.lengths[layer])
             ]
@@ -397,8 +375,7 @@ class KiviCache(KVCache):
             for row, window in enumerate(rows):
                 length = lengths[row]
                 kept = self.config.num_packed_keys(length) // self.layout.page_tokens
-                self._pool.give(self._pages[layer][row][kept:])
-                del self._pages[layer][row][kept:]
+                self._table.cut(layer, row, kept)
                 if window is not None:
                     keys, values = window
                     state.keys.write(row, length - keys.shape[1], keys)
@@ -406,23 +383,16 @@ class KiviCache(KVCache):
                 self._set_lengths(layer, row, length)
 
     def release(self) -> None:
-        self._pool.release()
-        self._pages, self._layers, self._table = [], [], None
+        self._table.release()
+        self._layers = []
 
     # ------------------------------------------------------------------ inside
 
-    def _num_keys(self, layer: int, row: int) -> int:
-        return self.config.num_packed_keys(self.lengths[layer][row])
-
-    def _num_values(self, layer: int, row: int) -> int:
-        return self.config.num_packed_values(self.lengths[layer][row])
-
     def _packed(self, side: str) -> Packed:
-        tensors = self._pool.tensors
+        tensors = self._table.pool.tensors
         return Packed(tensors[f"{side}_codes"], tensors[f"{side}_scale"], tensors[f"{side}_minimum"])
 
     def _allocate_layers(self) -> None:
-        self._pages = [[[] for _ in range(self.num_rows)] for _ in range(self.shape.num_layers)]
         self._layers = [
             ExactWindow(
                 self.num_rows,
@@ -436,22 +406,6 @@ class KiviCache(KVCache):
             )
             for _ in range(self.shape.num_layers)
         ]
-
-    def _grow_table(self, num_pages: int) -> None:
-        """A page table with room for `num_pages` pages a sequence. Shapes: int32 `[L, B, num_pages]`."""
-        old = self._table
-        self._table = self.allocate(self.shape.num_layers, self.num_rows, num_pages, dtype=torch.int32)
-        self._table.zero_()
-        if old is not None:
-            self._table[:, :, : old.shape[2]] = old
-            self.discard(old)
-
-    def _add_pages(self, layer: int, row: int, count: int) -> list[int]:
-        pages = self._pages[layer][row]
-        fresh = self._pool.take(count)
-        self._table[layer, row, len(pages) : len(pages) + count] = torch.tensor(fresh, dtype=torch.int32)
-        pages.extend(fresh)
-        return fresh
 
     def _set_lengths(self, layer: int, row: int, length: int) -> None:
         keys, values = self.config.num_packed_keys(length), self.config.num_packed_values(length)

@@ -6,7 +6,6 @@ shape and the winner is kept: an honest rival is the best one.
 """
 
 import torch
-
 from kvlens.kernels.dense_attend import paths
 from kvlens.kernels.dense_attend.tune import Problem, fastest
 
@@ -37,9 +36,7 @@ def dense_attend(
         raise ValueError(f"query heads must be a multiple of {keys.shape[1]}; got {query.shape[1]}")
     name = fastest(_problem(query, keys, longest))
     _chosen[str(query.device)] = name
-    return paths.PATHS[name](
-        query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged
-    )
+    return paths.PATHS[name](query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged)
 
 
 def prepare(
@@ -65,5 +62,3 @@ def _problem(query: torch.Tensor, keys: torch.Tensor, longest: int) -> Problem:
         query.shape[0], query.shape[1], keys.shape[1], query.shape[2], limit,
         query.dtype, keys.dtype, str(query.device),
     )  # fmt: skip
-
-

@@ -3,10 +3,9 @@
 from functools import cache
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.quantize_pack import Packed
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def fused(
@@ -51,9 +50,7 @@ def _nothing_packed(batch_size: int, num_heads: int, head_dim: int, device: str)
         codes = torch.empty(0, num_heads, *size, dtype=torch.int16, device=device)
         return Packed(codes, codes[..., :1].half(), codes[..., :1].half())
 
-    layout = PageLayout(
-        page_tokens=32, key_bits=2, value_bits=2, key_group_size=32, value_group_size=head_dim
-    )
+    layout = PageLayout(page_tokens=32, key_bits=2, value_bits=2, key_group_size=32, value_group_size=head_dim)
     zero = torch.zeros(batch_size, dtype=torch.int32, device=device)
     table = torch.zeros(batch_size, 0, dtype=torch.int32, device=device)
     return PackedPast(layout, no_pages(head_dim, 4), no_pages(32, head_dim // 8), table, zero, zero)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-
 from kvlens.kernels.dense_attend.paths import PATHS
 
 _ROUNDS = 5

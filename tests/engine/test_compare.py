@@ -3,7 +3,6 @@
 import threading
 
 import pytest
-
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.compare import Comparison, RunOptions
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory

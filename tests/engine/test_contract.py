@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
-
 from kvlens.engine import bridge
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
 from kvlens.engine.generate import generate
 from kvlens.engine.registry import available, method
 from kvlens.engine.shape import ModelShape
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+
 from tests import tiny
 
 SHAPE = ModelShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=32)
@@ -56,9 +56,7 @@ def test_prompt_attends_exactly_and_steps_see_what_the_cache_rebuilds(name, conf
     query, keys, values = tokens(300)
     for layer in range(SHAPE.num_layers):
         got = cache.attend(layer, query, keys, values, scaling=SCALING)
-        exact = scaled_dot_product_attention(
-            query, keys, values, is_causal=True, enable_gqa=True, scale=SCALING
-        )
+        exact = scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True, scale=SCALING)
         torch.testing.assert_close(got, exact, atol=1e-5, rtol=1e-5)
     cache.end_prefill()
     for _ in range(150):
@@ -67,8 +65,7 @@ def test_prompt_attends_exactly_and_steps_see_what_the_cache_rebuilds(name, conf
             before = cache.lengths[layer][0]
             past = cache.rebuild(layer, 0, 0, before)
             everything = [
-                torch.cat([side.float(), new[0]], dim=1)
-                for side, new in ((past.keys, keys), (past.values, values))
+                torch.cat([side.float(), new[0]], dim=1) for side, new in ((past.keys, keys), (past.values, values))
             ]
             want = scaled_dot_product_attention(query[0], *everything, enable_gqa=True, scale=SCALING)
             got = cache.attend(layer, query, keys, values, scaling=SCALING)
@@ -233,7 +230,11 @@ def test_exact_cache_gives_the_logits_of_the_models_own_cache(family):
     cache = dense.cache(shape, dense.config(), batch_size=2, dtype=torch.float32)
     bridge.install()
     answers = []
-    for implementation, past in ((bridge.NAME, cache), (bridge.NAME, DynamicCache()), ("eager", DynamicCache())):
+    for implementation, past in (
+        (bridge.NAME, cache),
+        (bridge.NAME, DynamicCache()),
+        ("eager", DynamicCache()),
+    ):
         network.set_attn_implementation(implementation)
         answers.append(
             network.generate(ids, attention_mask=mask, past_key_values=past, max_new_tokens=12, do_sample=False,
@@ -247,7 +248,11 @@ def test_exact_cache_gives_the_logits_of_the_models_own_cache(family):
 
 def test_what_a_packed_cache_cannot_do_is_said():
     cache = make("dense", available()["dense"].config())
-    for call in (lambda: cache.crop(1), lambda: cache.reorder_cache(None), lambda: cache.batch_repeat_interleave(2)):
+    for call in (
+        lambda: cache.crop(1),
+        lambda: cache.reorder_cache(None),
+        lambda: cache.batch_repeat_interleave(2),
+    ):
         with pytest.raises(EngineError):
             call()
     with pytest.raises(ValueError, match="holds 1 sequences; got a batch of 2"):

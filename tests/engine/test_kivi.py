@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from kvlens.engine.methods.kivi import KiviCache, KiviConfig
 from kvlens.engine.shape import ModelShape
 
@@ -78,9 +77,7 @@ def test_decode_flushes_keys_in_blocks_and_values_one_by_one():
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("group_size", "value_group_size"), [(32, 0), (64, 8), (128, 16)])
 def test_packed_tokens_are_the_authors_formula(bits, group_size, value_group_size):
-    config = KiviConfig(
-        key_bits=bits, value_bits=bits, group_size=group_size, value_group_size=value_group_size
-    )
+    config = KiviConfig(key_bits=bits, value_bits=bits, group_size=group_size, value_group_size=value_group_size)
     cache = KiviCache(SMALL, config)
     keys, values = fill(cache, 300)
     tile = cache.rebuild(0, 0, 0, 300)

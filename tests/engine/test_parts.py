@@ -4,8 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
-
 from kvlens.engine import segments
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
@@ -18,6 +16,8 @@ from kvlens.engine.segments import Tile, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
 from kvlens.engine.storage import PagePool, Ring
 from kvlens.engine.text import TextStream
+from torch.nn.functional import scaled_dot_product_attention
+
 from tests import tiny
 
 LLAMA_8B = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
@@ -71,9 +71,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert choose(logits, Sampling(), 0) == 0
 
 
-@pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}]
-)
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}])
 def test_sampling_out_of_range_is_refused(bad):
     with pytest.raises(EngineError, match="got"):
         Sampling(**bad)
