@@ -57,8 +57,7 @@ def channel_table(figures: dict) -> str:
 def sample_list(figures: dict) -> str:
     """Prompts and replies as quotations."""
     quoted = (
-        f"**{sample['prompt']}**\n\n> " + sample["reply"].strip().replace("\n", "\n> ")
-        for sample in figures["samples"]
+        f"**{sample['prompt']}**\n\n> " + sample["reply"].strip().replace("\n", "\n> ") for sample in figures["samples"]
     )
     return "\n\n".join(quoted)
 
@@ -87,9 +86,7 @@ def curve_svg(rows: list[dict[str, str]]) -> str:
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{MARGIN + 215 * index}" y="24" fill="{colour}">{label}</text>')
     caption = f"tokens read, 0 to {last / 1e6:.1f} million"
-    parts.append(
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 18}" text-anchor="middle" fill="#333333">{caption}</text></svg>'
-    )
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 18}" text-anchor="middle" fill="#333333">{caption}</text></svg>')
     return "\n".join(parts) + "\n"
 
 
@@ -125,9 +122,7 @@ def write_card(model_folder: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/model"))
     write_card(parser.parse_args().model)
 

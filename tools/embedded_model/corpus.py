@@ -25,9 +25,7 @@ from .tokenizer import BOS, END, ROLE_TOKENS
 SPLIT_SEED = 20240601
 HELD_OUT_SHARE = 0.02
 MAX_HELD_OUT_ITEMS = 400
-QUOTES = str.maketrans(
-    {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "_": None, "\ufeff": None}
-)
+QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "_": None, "\ufeff": None})
 DIALOGUE_USER_WEIGHT = 0.5
 
 
@@ -74,12 +72,10 @@ def read_texts(folder: Path) -> tuple[Texts, Texts]:
         for story in read_xz(path).split("<|endoftext|>")
     ]
     dialogues = {
-        path.name.split(".")[0]: list(_dialogues(path))
-        for path in sorted((folder / "chat").glob("*.jsonl.xz"))
+        path.name.split(".")[0]: list(_dialogues(path)) for path in sorted((folder / "chat").glob("*.jsonl.xz"))
     }
     dialogues |= {
-        path.name.split(".")[0]: list(_questions(path))
-        for path in sorted((folder / "questions").glob("*.jsonl.xz"))
+        path.name.split(".")[0]: list(_questions(path)) for path in sorted((folder / "questions").glob("*.jsonl.xz"))
     }
     books_split = _split([book for book in books if len(book) > 5_000])
     stories_split = _split([story for story in stories if len(story) > 100])
@@ -124,18 +120,14 @@ def _questions(path: Path) -> Iterator[list[tuple[str, str]]]:
 def sample_for_tokenizer(texts: Texts, *, num_characters: int) -> Iterator[str]:
     """A mixed sample of the training texts and of generated chats to learn the vocabulary from."""
     random = Random(SPLIT_SEED)
-    kinds = [
-        dialogues for name, dialogues in texts.dialogues.items() if name not in ("open_trivia", "gsm8k_train")
-    ]
+    kinds = [dialogues for name, dialogues in texts.dialogues.items() if name not in ("open_trivia", "gsm8k_train")]
     given = 0
     while given < num_characters:
         book = random.choice(texts.books)
         start = random.randrange(len(book))
         pieces = [book[start : start + 3000], *random.sample(texts.stories, 2)]
         pieces += [" ".join(text for _, text in random.choice(kind)) for kind in kinds]
-        pieces.append(
-            " ".join(m["content"] for m in recall.chat_conversation(random, [], num_facts=6).as_messages())
-        )
+        pieces.append(" ".join(m["content"] for m in recall.chat_conversation(random, [], num_facts=6).as_messages()))
         given += sum(map(len, pieces))
         yield from pieces
 
@@ -154,9 +146,7 @@ class RowMaker:
         self.texts, self.tokenizer, self.seed, self.split = texts, tokenizer, seed, split
         self._dialogue_kinds = {kind: items for kind, items in texts.dialogues.items() if items}
         self._chats = [
-            items
-            for kind, items in self._dialogue_kinds.items()
-            if kind not in ("open_trivia", "gsm8k_train")
+            items for kind, items in self._dialogue_kinds.items() if kind not in ("open_trivia", "gsm8k_train")
         ]
         self._makers: dict[str, Callable[[Random, int], Conversation | str]] = {
             "passage": self._passage,
@@ -208,9 +198,9 @@ class RowMaker:
         offsets = np.array([end for _, end in encoding.offsets])
         # A token belongs to the piece in which it ends: the blank before a word is part of that word's token.
         owners = np.searchsorted(ends, offsets, side="left").clip(max=len(pieces) - 1)
-        return np.array(encoding.ids, dtype=np.int64), np.array(
-            [weight for _, weight in pieces], dtype=np.float32
-        )[owners]
+        return np.array(encoding.ids, dtype=np.int64), np.array([weight for _, weight in pieces], dtype=np.float32)[
+            owners
+        ]
 
     def prose(self, random: Random, num_characters: int) -> str:
         """A stretch of a random book (or, for short ones, sometimes of a story), starting at a sentence."""

@@ -99,19 +99,14 @@ def perplexities(
 
     kinds = {"books": [book[20_000:60_000] for book in held_out.books], "stories": held_out.stories}
     kinds |= {name: chats(dialogues) for name, dialogues in held_out.dialogues.items()}
-    gsm8k = [
-        json.loads(line)
-        for line in (eval_folder / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    gsm8k = [json.loads(line) for line in (eval_folder / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()]
     with (eval_folder / "truthfulqa.csv").open(encoding="utf-8", newline="") as file:
         truthful = [f"{row['Question']} {row['Best Answer']}" for row in csv.DictReader(file)]
     kinds |= {
         "eval: WikiText-2 validation": [
             flowing((eval_folder / "wikitext2_valid.txt").read_text(encoding="utf-8"))[:200_000]
         ],
-        "eval: Shakespeare": [
-            flowing((eval_folder / "shakespeare.txt").read_text(encoding="utf-8"))[:200_000]
-        ],
+        "eval: Shakespeare": [flowing((eval_folder / "shakespeare.txt").read_text(encoding="utf-8"))[:200_000]],
         "eval: GSM8K test": [f"{item['question']} {item['answer']}" for item in gsm8k],
         "eval: TruthfulQA": truthful,
     }
@@ -212,9 +207,7 @@ def channel_outliers(
     return result
 
 
-def samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
-) -> list[dict[str, str]]:
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> list[dict[str, str]]:
     """Replies to fixed prompts, drawn at temperature 0.7 with a fixed seed."""
     result = []
     for prompt in SAMPLE_PROMPTS:
@@ -230,9 +223,7 @@ def samples(
 
 
 @torch.inference_mode()
-def decode_speed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 200
-) -> float:
+def decode_speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 200) -> float:
     """Greedy tokens a second through `generate`, batch 1, after a short prompt."""
     ids = render(tokenizer, [{"role": "user", "content": "Tell me a story about a fox."}])
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
@@ -242,9 +233,7 @@ def decode_speed(
     return round(num_tokens / (time.perf_counter() - started), 1)
 
 
-def evaluate(
-    model_folder: Path, data: Path, *, count: int, max_tokens: int, lengths: tuple[int, ...]
-) -> dict:
+def evaluate(model_folder: Path, data: Path, *, count: int, max_tokens: int, lengths: tuple[int, ...]) -> dict:
     """All figures of the model card."""
     started = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -277,9 +266,7 @@ def evaluate(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with books/, stories/, chat/, questions/ and eval/"
     )
@@ -288,9 +275,7 @@ def main() -> None:
         "--out", type=Path, default=None, help="JSON to write (default: evaluation.json beside the model)"
     )
     parser.add_argument("--count", type=int, default=40, help="questions per depth and length")
-    parser.add_argument(
-        "--max-tokens", type=int, default=40_000, help="tokens per kind of text for perplexity"
-    )
+    parser.add_argument("--max-tokens", type=int, default=40_000, help="tokens per kind of text for perplexity")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS_TOKENS, help="context lengths in tokens, for recall"
     )

@@ -65,11 +65,7 @@ def draw_value(random: Random, kind: str, split: str) -> str:
     if kind == "date":
         return f"{random.choice(words.MONTHS)} {random.randint(1, 31)}"
     if kind == "name":
-        return (
-            random.choice(split_parts(words.PERSONS, split))
-            if random.random() < 0.4
-            else invented_name(random)
-        )
+        return random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.4 else invented_name(random)
     if kind == "place":
         return invented_name(random, is_place=True)
     value = random.choice(split_parts(words.VALUES[kind], split))
@@ -81,18 +77,12 @@ def draw_value(random: Random, kind: str, split: str) -> str:
 def draw_thing(random: Random, split: str) -> str:
     """A thing, mostly with an adjective."""
     thing = random.choice(split_parts(words.THINGS, split))
-    return (
-        f"{random.choice(split_parts(words.THING_ADJECTIVES, split))} {thing}"
-        if random.random() < 0.7
-        else thing
-    )
+    return f"{random.choice(split_parts(words.THING_ADJECTIVES, split))} {thing}" if random.random() < 0.7 else thing
 
 
 def draw_person(random: Random, split: str) -> str:
     """A common first name or an invented one."""
-    return (
-        random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.7 else invented_name(random)
-    )
+    return random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.7 else invented_name(random)
 
 
 def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact:

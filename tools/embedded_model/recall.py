@@ -32,9 +32,7 @@ class Conversation:
 
     def as_messages(self) -> list[dict[str, str]]:
         """The chat in the form that `apply_chat_template` takes."""
-        return [
-            {"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in self.messages
-        ]
+        return [{"role": role, "content": "".join(text for text, _ in pieces)} for role, pieces in self.messages]
 
     def num_characters(self) -> int:
         """Length of all that is said."""
@@ -146,24 +144,22 @@ def passage_conversation(random: Random, prose: str, *, num_facts: int, split: s
     pieces = hide_facts(random, prose, facts, split)
     random.shuffle(facts)
     request = random.choice(w.READING_REQUESTS)
-    if random.random() < 0.5:
+    # Only a plain request to wait is answered with "I have read it": whatever else ends a text is a question.
+    if random.random() < 0.75:
         first = facts[0]
-        conversation.say(
-            "user", (request, TOLD_WEIGHT), *pieces, (" " + asked(random, first, split), TOLD_WEIGHT)
-        )
+        conversation.say("user", (request, TOLD_WEIGHT), *pieces, (" " + asked(random, first, split), TOLD_WEIGHT))
         conversation.say("assistant", *weighted_answer(first))
         facts = facts[1:]
     else:
-        conversation.say("user", (request, TOLD_WEIGHT), *pieces)
+        ending = random.choice(w.READING_ENDINGS)
+        conversation.say("user", (request, TOLD_WEIGHT), *pieces, (ending, TOLD_WEIGHT))
         conversation.say("assistant", (random.choice(w.READING_REPLIES), TOLD_WEIGHT))
     for fact in facts:
         ask_for(conversation, random, fact, split)
     return conversation
 
 
-def chat_conversation(
-    random: Random, small_talk: list[str], *, num_facts: int, split: str = "train"
-) -> Conversation:
+def chat_conversation(random: Random, small_talk: list[str], *, num_facts: int, split: str = "train") -> Conversation:
     """Facts told over the turns of a chat (with other talk between, if given), asked for in another order."""
     conversation = Conversation()
     facts = distinct_facts(random, split, num_facts)

@@ -64,9 +64,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if any(self.tokens_per_step % length for length, _ in self.stages):
-            raise ValueError(
-                f"tokens_per_step must be a multiple of every row length, got {self.tokens_per_step}"
-            )
+            raise ValueError(f"tokens_per_step must be a multiple of every row length, got {self.tokens_per_step}")
 
     def length_at(self, num_tokens: int) -> int:
         """The row length after `num_tokens` tokens."""
@@ -118,9 +116,7 @@ def weighted_loss(
     """Weighted mean cross-entropy in nats, and which targets it would choose; rows are `(B, T + 1)`."""
     logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits.float()
     targets = token_ids[:, 1:]
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(
-        targets
-    )
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     weights = weights[:, 1:]
     return (losses * weights).sum() / weights.sum(), logits.argmax(-1) == targets
 
@@ -146,16 +142,12 @@ class Trainer:
         matrix_ids = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in matrix_ids]
         self.optimizers = [
-            torch.optim.Muon(
-                matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay, momentum=0.95
-            ),
+            torch.optim.Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay, momentum=0.95),
             torch.optim.AdamW(others, lr=recipe.vector_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._loss = torch.compile(weighted_loss, dynamic=False) if compiled else weighted_loss
 
-    def _batch(
-        self, rows: RowMaker, step: int, num_tokens: int, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, rows: RowMaker, step: int, num_tokens: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         token_ids, weights = rows.rows(step=step, num_rows=max(1, num_tokens // length), length=length)
         return torch.from_numpy(token_ids).to(self.device), torch.from_numpy(weights).to(self.device)
 
@@ -278,20 +270,14 @@ def load_tokenizer(work: Path, texts: object, vocab_size: int) -> Tokenizer:
     """The run's tokenizer: learned from the training texts once, then read from the work folder."""
     path = work / "tokenizer.json"
     if not path.exists():
-        train_tokenizer(sample_for_tokenizer(texts, num_characters=12_000_000), vocab_size=vocab_size).save(
-            str(path)
-        )
+        train_tokenizer(sample_for_tokenizer(texts, num_characters=12_000_000), vocab_size=vocab_size).save(str(path))
     return Tokenizer.from_file(str(path))
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with books/, stories/, chat/ and questions/"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with books/, stories/, chat/ and questions/")
     parser.add_argument("--out", type=Path, required=True, help="folder that receives the finished model")
     parser.add_argument(
         "--work",
@@ -299,16 +285,12 @@ def main() -> None:
         default=Path("build/embedded_model"),
         help="folder of checkpoint, curve and tokenizer",
     )
-    parser.add_argument(
-        "--tokens", type=float, default=60e6, help="tokens before the final descent (default 60e6)"
-    )
+    parser.add_argument("--tokens", type=float, default=60e6, help="tokens before the final descent (default 60e6)")
     parser.add_argument("--anneal-steps", type=int, default=600, help="steps of the final descent")
     parser.add_argument("--report-every", type=int, default=100, help="steps between reports and checkpoints")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
-    parser.add_argument(
-        "--export-only", action="store_true", help="write the latest checkpoint to --out and leave"
-    )
+    parser.add_argument("--export-only", action="store_true", help="write the latest checkpoint to --out and leave")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.threads is not None:

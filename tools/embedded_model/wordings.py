@@ -801,12 +801,19 @@ READING_REQUESTS = (
     "Here is a text. ",
     "Please read the following. ",
     "Read this text and answer my questions. ",
+    "Read this and answer. ",
     "",
     "",
-    "I will ask you about this later: ",
     "Listen: ",
     "Here is a page from a book: ",
     "Text: ",
+)
+READING_ENDINGS = (
+    " Tell me when you have read it.",
+    " Say so when you are done.",
+    " Have you read it?",
+    " I will ask you about it.",
+    " Wait for my questions.",
 )
 READING_REPLIES = (
     "I have read it. What would you like to know?",
