@@ -8,11 +8,12 @@ fused attention. The model's code is untouched.
 """
 
 import torch
-from kvlens.engine.errors import ModelError
-from kvlens.engine.layer import LayerHandle
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
+
+from kvlens.engine.errors import ModelError
+from kvlens.engine.layer import LayerHandle
 
 NAME = "kvlens"
 """The attention implementation to ask transformers for."""

@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 import transformers
+from torch.nn.functional import scaled_dot_product_attention
+
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
 from kvlens.engine.layer import LayerHandle
 from kvlens.engine.probe import ErrorProbe
-from kvlens.engine.segments import TILE_TOKENS, Partial, Tile, attend_tile, merge_all
+from kvlens.engine.segments import TILE_TOKENS, Tile, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
-from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ class KVCache(transformers.Cache, ABC):
         output = torch.empty_like(query)
         for row in range(self.num_rows):
             newest = Tile(keys[row].unsqueeze(1), values[row].unsqueeze(1))
-            partial = self._attend_past(layer, row, query[row].unsqueeze(1), [newest], scaling=scaling)
-            output[row] = partial.output.squeeze(1).to(query.dtype)
+            output[row] = self._attend_past(layer, row, query[row].unsqueeze(1), [newest], scaling=scaling).squeeze(1)
             self.store(layer, row, newest.keys, newest.values)
             self.lengths[layer][row] += 1
         return output
@@ -300,21 +300,36 @@ class KVCache(transformers.Cache, ABC):
             kept = slice(None) if valid is None else valid[row].nonzero().squeeze(-1)
             tile = Tile(fresh.keys[row, :, kept], fresh.values[row, :, kept])
             if tile.keys.shape[1]:
-                partial = self._attend_past(layer, row, query[row, :, kept], [*pending[row], tile], scaling=scaling)
-                output[row, :, kept] = partial.output.to(query.dtype)
                 pending[row].append(tile)
+                attend = self._attend_past if self.lengths[layer][row] else self._attend_exact
+                output[row, :, kept] = attend(layer, row, query[row, :, kept], pending[row], scaling=scaling)
         return output
 
-    def _attend_past(self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float) -> Partial:
+    def _attend_exact(
+        self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float
+    ) -> torch.Tensor:
+        """The same with nothing stored yet: plain attention over the exact tiles."""
+        keys = torch.cat([tile.keys for tile in exact], dim=1)
+        values = torch.cat([tile.values for tile in exact], dim=1)
+        num_queries, num_keys = query.shape[1], keys.shape[1]
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        return scaled_dot_product_attention(
+            query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scaling,
+            attn_mask=visible.tril(num_keys - num_queries),
+            enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
+        )[0]  # fmt: skip
+
+    def _attend_past(
+        self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float
+    ) -> torch.Tensor:
         """`query` over everything stored and the `exact` tiles, the last of which are the queries' own."""
         length = self.lengths[layer][row]
         stored = (
             self.rebuild(layer, row, start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)
         )
-        partials = [attend_tile(query, tile, scaling=scaling) for tile in stored]
-        partials += [attend_tile(query, tile, scaling=scaling) for tile in exact[:-1]]
+        partials = [attend_tile(query, tile, scaling=scaling) for tile in (*stored, *exact[:-1])]
         partials.append(attend_tile(query, exact[-1], scaling=scaling, is_causal=True))
-        return merge_all(partials)
+        return merge_all(partials).output.to(query.dtype)
 
     def _end_prefill(self, layer: int) -> None:
         pending = self._pending[layer]

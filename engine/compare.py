@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory
 from kvlens.engine.lane import Lane, LaneSpec

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from kvlens.engine.cache import KVCache
 from kvlens.engine.measure import Stopwatch
 from kvlens.engine.model import LoadedModel

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 
 import torch
+
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.cache import Checkpoint, KVCache
 from kvlens.engine.config import MethodConfig

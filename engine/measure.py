@@ -8,6 +8,7 @@ from functools import cache
 
 import psutil
 import torch
+
 from kvlens.engine.trace import MachineMemory
 
 

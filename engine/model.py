@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from jinja2 import TemplateError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from kvlens.engine import bridge
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
@@ -18,8 +21,6 @@ from kvlens.engine.errors import ModelError
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "model"
 

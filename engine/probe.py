@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from kvlens.engine.footprint import storage_bytes
 from kvlens.engine.shape import ModelShape
 from kvlens.engine.trace import ErrorSnapshot

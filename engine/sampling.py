@@ -7,6 +7,7 @@ the same token, and a difference between their texts comes from their caches.
 from dataclasses import dataclass
 
 import torch
+
 from kvlens.engine.errors import EngineError
 
 

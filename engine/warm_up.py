@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.model import LoadedModel
 from kvlens.engine.shape import ModelShape

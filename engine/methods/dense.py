@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register

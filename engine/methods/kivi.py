@@ -17,6 +17,7 @@ from math import gcd
 from typing import Any
 
 import torch
+
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig, setting
 from kvlens.engine.footprint import CacheView

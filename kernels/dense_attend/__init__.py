@@ -6,6 +6,7 @@ shape and the winner is kept: an honest rival is the best one.
 """
 
 import torch
+
 from kvlens.kernels.dense_attend import paths
 from kvlens.kernels.dense_attend.tune import Problem, fastest
 

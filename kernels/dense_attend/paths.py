@@ -3,9 +3,10 @@
 from functools import cache
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.quantize_pack import Packed
-from torch.nn.functional import scaled_dot_product_attention
 
 
 def fused(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+
 from kvlens.kernels.dense_attend.paths import PATHS
 
 _ROUNDS = 5

@@ -9,6 +9,7 @@ import threading
 from functools import lru_cache
 
 import torch
+
 from kvlens.kernels.native import jit, threads
 from kvlens.kernels.native.jit import depends_on
 from kvlens.kernels.native.quantize_rows import quantize_columns, quantize_rows

@@ -12,6 +12,7 @@ Divisions are rounded to nearest, as torch's are, so codes equal the reference's
 import torch
 import triton
 import triton.language as tl
+
 from kvlens.kernels.compiled import Launch
 from kvlens.kernels.quantize_pack import Packed
 

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.compare import Comparison, RunOptions
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory
@@ -21,9 +22,7 @@ def user(text: str) -> dict[str, str]:
 
 
 def last(runs) -> RunLog:
-    record = None
-    for record in runs:
-        pass
+    *_, record = runs
     return record
 
 
@@ -83,17 +82,19 @@ def test_an_edited_prompt_goes_back_to_the_last_common_turn(tiny_model):
 
 def test_lanes_with_the_same_cache_never_part_even_when_sampling(tiny_model):
     twin = LaneSpec("b", "dense", DenseConfig())
-    run = last(Comparison(tiny_model).run([user("abc")], [DENSE, twin],
-                                          RunOptions(max_new_tokens=40, temperature=1.2, top_p=0.9, seed=9)))  # fmt: skip
+    options = RunOptions(max_new_tokens=40, temperature=1.2, top_p=0.9, seed=9)
+    run = last(Comparison(tiny_model).run([user("abc")], [DENSE, twin], options))
     assert run.lanes[0].token_ids == run.lanes[1].token_ids
     assert run.first_difference is None
 
 
 def test_a_stop_ends_every_lane_and_keeps_the_caches(tiny_model):
     comparison, stop = Comparison(tiny_model), threading.Event()
-    for count, record in enumerate(comparison.run([user("go on")], [DENSE, KIVI], RunOptions(), stop)):
-        if count == 8:
-            stop.set()
+    runs = comparison.run([user("go on")], [DENSE, KIVI], RunOptions(), stop)
+    for _ in range(8):
+        next(runs)
+    stop.set()
+    record = last(runs)
     assert [lane.finish for lane in record.lanes] == ["stopped", "stopped"]
     assert all(len(lane.steps) < 20 for lane in record.lanes)
     again = last(comparison.run([user("go on")], [DENSE, KIVI], RunOptions(max_new_tokens=3)))

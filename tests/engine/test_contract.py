@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+
 from kvlens.engine import bridge
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
 from kvlens.engine.generate import generate
 from kvlens.engine.registry import available, method
 from kvlens.engine.shape import ModelShape
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache
-
 from tests import tiny
 
 SHAPE = ModelShape(num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=32)

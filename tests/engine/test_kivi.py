@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kvlens.engine.methods.kivi import KiviCache, KiviConfig
 from kvlens.engine.shape import ModelShape
 

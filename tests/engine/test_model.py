@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from kvlens.engine.errors import ModelError
 from kvlens.engine.model import load_model
-
 from tests import tiny
 
 

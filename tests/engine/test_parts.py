@@ -1,9 +1,13 @@
 """The small parts: merging segments, sampling, text, storage, estimates."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
 from kvlens.engine import segments
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
@@ -16,8 +20,6 @@ from kvlens.engine.segments import Tile, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
 from kvlens.engine.storage import PagePool, Ring
 from kvlens.engine.text import TextStream
-from torch.nn.functional import scaled_dot_product_attention
-
 from tests import tiny
 
 LLAMA_8B = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
@@ -36,7 +38,7 @@ def test_merged_segments_are_one_softmax(cuts, num_queries, group, size):
     bounds = [0, *torch.tensor(cuts).cumsum(0).tolist()]
     partials = [
         attend_tile(query, Tile(keys[:, start:stop], values[:, start:stop]), scaling=0.3)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        for start, stop in pairwise(bounds)
     ]
     own = Tile(keys[:, bounds[-1] :], values[:, bounds[-1] :])
     partials.append(attend_tile(query, own, scaling=0.3, is_causal=True))
@@ -136,7 +138,7 @@ def test_estimate_needs_no_model_and_scales_with_the_batch():
 
 
 def test_methods_are_listed_with_what_the_page_draws():
-    assert list(available())[0] == "dense"
+    assert next(iter(available())) == "dense"
     for entry in available().values():
         assert entry.title
         assert entry.summary

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kvlens.engine.methods.kivi import KiviCache, KiviConfig
 from kvlens.engine.shape import ModelShape
 
