@@ -34,7 +34,7 @@ class Settings:
     """Everything that the address holds."""
 
     lanes: dict[str, LaneChoice] = field(default_factory=lambda: {lane: default_choice(lane) for lane in LANES})
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     prompt: str = ""
 
 

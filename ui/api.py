@@ -31,7 +31,9 @@ def estimate_bytes(method: str, shape: dict, num_tokens: int, config: dict | Non
     try:
         model_shape = ModelShape(**{name: int(value) for name, value in shape.items()})
         choice = controls.make_choice(method, config)
-        found = estimate(model_shape, choice.method, choice.config, num_tokens=int(num_tokens), batch_size=int(batch_size))
+        found = estimate(
+            model_shape, choice.method, choice.config, num_tokens=int(num_tokens), batch_size=int(batch_size)
+        )
     except (ValueError, TypeError) as error:
         raise gr.Error(str(error), print_exception=False) from error
     fp16_bytes = model_shape.fp16_bytes(found.num_tokens)
@@ -75,7 +77,8 @@ def _lanes(lanes: dict | None) -> list[LaneSpec]:
         choices = {lane_id: controls.default_choice(lane_id) for lane_id in controls.LANES}
     else:
         choices = {
-            str(lane_id): controls.make_choice(str(entry["method"]), entry.get("config")) for lane_id, entry in lanes.items()
+            str(lane_id): controls.make_choice(str(entry["method"]), entry.get("config"))
+            for lane_id, entry in lanes.items()
         }
     return [LaneSpec(lane_id, choice.method, choice.config) for lane_id, choice in choices.items()]
 

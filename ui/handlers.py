@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import gradio as gr
@@ -146,7 +147,9 @@ class ChatHandlers:
             raise EngineError(text.prompt_too_long(len(prompt), MAX_PROMPT_CHARACTERS))
 
     def _ticket(self, prompt: str, lane_a: str, lane_b: str, sampling) -> Ticket:
-        lanes = {lane: controls.parse_choice(value) for lane, value in zip(controls.LANES, (lane_a, lane_b), strict=True)}
+        lanes = {
+            lane: controls.parse_choice(value) for lane, value in zip(controls.LANES, (lane_a, lane_b), strict=True)
+        }
         if self.hub.model is not None:
             for choice in lanes.values():
                 choice.config.check(self.hub.model.shape)
@@ -237,7 +240,11 @@ class ChatHandlers:
         """The settings that the address asks for, into the page's controls."""
         settings, faults = address.read(dict(request.query_params))
         sampling = settings.sampling
-        notice = build(None, Scene(state="recorded" if self.runs.names() else "empty", notice=faults[0])) if faults else gr.skip()
+        notice = (
+            build(None, Scene(state="recorded" if self.runs.names() else "empty", notice=faults[0]))
+            if faults
+            else gr.skip()
+        )
         return (
             settings.prompt,
             *(settings.lanes[lane_id].to_json() for lane_id in controls.LANES),
@@ -294,10 +301,8 @@ class ChatHandlers:
         yield self.header(), build(None, Scene(state="done", notice=notice))
 
     def _change_quietly(self, name: str) -> None:
-        try:
+        with suppress(EngineError):  # told on the page through `problem`
             self.hub.change(name)
-        except EngineError:
-            pass  # told through `problem`
 
     def leave(self, request: gr.Request) -> None:
         """The page was closed: the run ends, its caches go."""

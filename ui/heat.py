@@ -20,19 +20,19 @@ QUANTITIES = ("magnitude", "rebuilt", "error")
 
 @dataclass(frozen=True)
 class View:
-    """What the error panel looks at. `layer` is the layer under the microscope from the next run on."""
+    """What the error panel looks at. `layer` comes under the microscope with the next run; None leaves it as it is."""
 
     kind: str = "keys"
     figure: str = "tokens"
     quantity: str = "magnitude"
-    layer: int = 0
+    layer: int | None = None
     head: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("figure", FIGURES), ("quantity", QUANTITIES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        if not (0 <= self.layer < 1024 and 0 <= self.head < 1024):
+        if not (0 <= (self.layer or 0) < 1024 and 0 <= self.head < 1024):
             raise ValueError(f"layer and head must lie between 0 and 1023; got {self.layer}, {self.head}")
 
 

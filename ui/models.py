@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +52,8 @@ class ModelHub:
         threading.Thread(target=self._first, daemon=True, name="kvlens-model").start()
 
     def _first(self) -> None:
-        try:
+        with suppress(EngineError):  # told on the page through `problem`
             self.change(self.request.name)
-        except EngineError:
-            pass  # told on the page through `problem`
 
     def change(self, name: str | None) -> LoadedModel:
         """Load `name` and serve it; on a fault the present model stays. Raises: EngineError."""

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kvlens.ui import text
 from kvlens.ui.heat import View, errors_payload
 
 MAX_POINTS = 160
+SPEED_POINTS = 48
 CONTEXT_WARNING = 0.85
 
 _sequence = itertools.count(1)
@@ -33,7 +34,7 @@ class Scene:
     """
 
     state: str = "done"
-    view: View = View()
+    view: View = field(default_factory=View)
     label: str = ""
     notice: str = ""
     projection: Sequence[tuple[int, Mapping[str, int]]] = ()
@@ -96,7 +97,7 @@ def memory_series(lane: LaneLog) -> dict:
 def speed_series(lane: LaneLog) -> dict:
     """Tokens/s over blocks of steps, the cold first one left out: a curve that can be read."""
     times = np.array(lane.decode_ms[1:], dtype=np.float64)
-    block = max(6, math.ceil(len(times) / MAX_POINTS))
+    block = max(1, math.ceil(len(times) / SPEED_POINTS))
     count = len(times) // block
     blocks = times[: count * block].reshape(count, block)
     ends = 2 + block * np.arange(1, count + 1)

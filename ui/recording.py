@@ -78,7 +78,9 @@ class Recording:
         is_exact = history.packed_at[:, :num_tokens] > step
         by_token = np.where(is_exact[:, None, None], np.nan, final.by_token[..., :num_tokens])
         past = [moment for moment in history.moments if moment[0] <= step] or history.moments[:1]
-        _, by_head, by_channel, peak_channel = past[-1] if past else (0, final.by_head, final.by_channel, final.peak_channel)
+        _, by_head, by_channel, peak_channel = (
+            past[-1] if past else (0, final.by_head, final.by_channel, final.peak_channel)
+        )
         exact = rebuilt = None
         if final.exact is not None and final.rebuilt is not None:
             exact = final.exact[:, :, :num_tokens]
@@ -150,7 +152,11 @@ def to_bytes(recording: Recording) -> bytes:
     """The file of a recording: gzipped JSON. Errors are kept in half precision."""
     log = recording.log
     lanes = [
-        {entry.name: getattr(lane, entry.name) for entry in fields(lane) if entry.name not in ("steps", "memory", "errors")}
+        {
+            entry.name: getattr(lane, entry.name)
+            for entry in fields(lane)
+            if entry.name not in ("steps", "memory", "errors")
+        }
         | {
             "steps": [list(vars(step).values()) for step in lane.steps],
             "memory": [[sample.num_tokens, sample.parts] for sample in lane.memory],
@@ -160,8 +166,12 @@ def to_bytes(recording: Recording) -> bytes:
     ]
     content = {
         "format": FORMAT,
-        "about": {name: getattr(recording, name) for name in ("prompts", "earlier_answers", "settings", "projection", "date")},
-        "run": {entry.name: getattr(log, entry.name) for entry in fields(log) if entry.name not in ("lanes", "machine")},
+        "about": {
+            name: getattr(recording, name) for name in ("prompts", "earlier_answers", "settings", "projection", "date")
+        },
+        "run": {
+            entry.name: getattr(log, entry.name) for entry in fields(log) if entry.name not in ("lanes", "machine")
+        },
         "machine": asdict(log.machine),
         "lanes": lanes,
         "history": {lane_id: vars(history) for lane_id, history in recording.history.items()},

@@ -68,6 +68,12 @@ def options_for(sampling: Sampling, probed_layer: int) -> RunOptions:
     )
 
 
+def probed_layer(session: Session, model: LoadedModel) -> int:
+    """The layer that the visitor chose for the microscope, or one in the middle."""
+    chosen = session.view.layer
+    return model.shape.num_layers // 2 if chosen is None else min(chosen, model.shape.num_layers - 1)
+
+
 def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
@@ -111,7 +117,7 @@ def _steps(session: Session, ticket: Ticket, model: LoadedModel) -> Iterator[Run
     messages = {
         lane_id: session.messages(lane_id, ticket.sampling.system_prompt, ticket.prompt) for lane_id in ticket.lanes
     }
-    options = options_for(ticket.sampling, min(session.view.layer, model.shape.num_layers - 1))
+    options = options_for(ticket.sampling, probed_layer(session, model))
     steps = comparison_of(session, model).run(messages, lanes, options, ticket.stop)
     try:
         yield from steps
@@ -140,14 +146,18 @@ def _recording(session: Session, ticket: Ticket, log: RunLog, recorder: Recorder
     return recorder.finish(
         log,
         prompts=[*(turn.prompt for turn in session.turns), ticket.prompt],
-        earlier_answers={lane_id: [turn.answers.get(lane_id, "") for turn in session.turns] for lane_id in ticket.lanes},
+        earlier_answers={
+            lane_id: [turn.answers.get(lane_id, "") for turn in session.turns] for lane_id in ticket.lanes
+        },
         settings=settings,
         projection=scene.projection,
         date=today(),
     )
 
 
-def replay(session: Session, recording: Recording, ticket: Ticket, scene: Scene, rate: float | None) -> Iterator[Update]:
+def replay(
+    session: Session, recording: Recording, ticket: Ticket, scene: Scene, rate: float | None
+) -> Iterator[Update]:
     """Play a recording at its own speed, or at `rate` tokens/s a lane."""
     text_pace, panel_pace = Pace(TEXT_SECONDS), Pace(PANEL_SECONDS)
     due = time.monotonic()

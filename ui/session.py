@@ -45,7 +45,7 @@ class Session:
 
     turns: list[Turn] = field(default_factory=list)
     ticket: Ticket | None = None
-    view: View = View()
+    view: View = field(default_factory=View)
     recording: Recording | None = None
     is_own_run: bool = False
     comparison: Any = None
@@ -119,6 +119,10 @@ class SessionStore:
             session.stop()
             if session.ticket is None:
                 session.free()
+
+    def all(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
 
     def is_known(self, key: str, session: Session) -> bool:
         return self._sessions.get(key) is session

@@ -16,7 +16,7 @@ SERVING = "KVLens is at {address}"
 TAB_CHAT = "Chat"
 TAB_ABOUT = "About"
 
-PROMPT_PLACEHOLDER = "Ask both lanes the same thing. Enter sends, Shift+Enter makes a new line, Esc stops."
+PROMPT_PLACEHOLDER = "Ask both lanes the same thing"
 SEND = "Send"
 STOP = "Stop"
 REGENERATE = "Regenerate"
@@ -48,16 +48,12 @@ MODEL_LOADING = "Loading {name} …"
 MODEL_FAILED = "The model could not be loaded: {reason}"
 IMPORT_FAILED = "This file is not a run exported from KVLens: {reason}"
 UNKNOWN_RUN = "That recorded run is not here any more."
-INTERNAL_FAULT = (
-    "Something broke while this ran ({kind}). The page goes on: send again, or clear the chat if it stays."
-)
+INTERNAL_FAULT = "Something broke while this ran ({kind}). The page goes on: send again, or clear the chat if it stays."
 ADDRESS_FAULT = "The address asked for something this page does not have, so the default was taken: {reason}"
 
 
 def prompt_too_long(length: int, limit: int) -> str:
-    return (
-        f"This prompt has {count_text(length)} characters; the page takes up to {count_text(limit)}. Shorten it."
-    )
+    return f"This prompt has {count_text(length)} characters; the page takes up to {count_text(limit)}. Shorten it."
 
 
 def context_filling(used: int, limit: int) -> str:
@@ -124,14 +120,14 @@ CLIENT = {
     },
     "lane": {
         "tokens_per_second": "tok/s",
-        "bits": "bits per value",
-        "smaller": "× smaller",
+        "bits": "bits",
+        "smaller": "× smaller than fp16",
         "same": "the reference",
         "speed_ratio": "× fp16",
         "no_ratio": "no fp16 lane to compare",
-        "kv": "KV cache",
+        "kv": "KV",
         "of_fp16": "as in fp16",
-        "everything": "everything counted",
+        "everything": "per value, everything counted",
         "prefilled": "read {new} tokens in {ms}",
         "reused": "read {new} new tokens in {ms}, {reused} kept from before",
         "parts_at": "parts from {other} at token {n}",

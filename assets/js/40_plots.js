@@ -10,7 +10,7 @@ KVLens.plots = (() => {
   });
 
   function layout(extra = {}) {
-    const { css } = { css: (name) => KVLens.colours.css(name) };
+    const css = (name) => KVLens.colours.css(name);
     return {
       uirevision: "kept",
       autosize: true,
@@ -45,4 +45,7 @@ KVLens.plots = (() => {
 })();
 
 // A steady upper end of a token axis: it moves in steps, so that curves grow without the axis creeping.
-KVLens.steadyEnd = (start, now, step = 64) => start + Math.max(step, Math.ceil((now - start) / step) * step);
+KVLens.steadyEnd = (start, now) => {
+  const step = now - start < 64 ? 16 : 64;
+  return start + Math.max(step, Math.ceil((now - start) / step) * step);
+};

@@ -13,8 +13,9 @@ KVLens.memoryPanel = (root) => {
     make("header", {}, make("h3", { text: words.title }), make("span", { text: words.subtitle })),
     plot,
     make("div", { class: "kv-memory-figures" },
-      make("div", {}, table),
-      make("div", {}, make("h4", { text: words.machine }), beside, make("h4", { text: words.projection }), projection)),
+      table,
+      make("div", {}, make("h4", { text: words.machine }), beside),
+      make("div", {}, make("h4", { text: words.projection }), projection)),
     sentence,
   );
 

@@ -80,7 +80,7 @@ KVLens.errorPanel = (root, select) => {
   return (payload) => {
     if (!payload.lanes) return;
     const errors = payload.errors;
-    view = payload.view;
+    view = { ...payload.view, layer: payload.view.layer ?? errors.probed_layer ?? 0 };
     kind.set(view.kind);
     figure.set(view.figure);
     quantity.set(view.quantity);

@@ -72,20 +72,24 @@ KVLens.lane = (component, laneId) => {
     method.value = entry.name;
     root.style.setProperty("--lane-colour", `var(--kv-method-${entry.name})`);
     const presets = Object.entries(entry.presets);
-    const rows = [make("p", { class: "kv-method-summary", text: entry.summary })];
-    if (presets.length) {
-      const same = (config) => JSON.stringify(config) === JSON.stringify(value.config);
-      const names = presets.map(([name]) => [name, name]);
-      const choice = KVLens.segments(names, words.preset, (name) => commit({ ...value, config: { ...entry.presets[name] } }));
-      choice.set((presets.find(([, config]) => same(config)) || [null])[0]);
-      rows.push(make("div", { class: "kv-field" }, make("label", { text: words.preset }), choice.root));
+    const rows = [
+      make("p", { class: "kv-method-summary", text: entry.summary }),
+      make("p", { class: "kv-lane-estimate" }), make("p", { class: "kv-lane-problem", role: "alert" }),
+    ];
+    if (presets.length > 1) {
+      const same = presets.findIndex(([, config]) => JSON.stringify(config) === JSON.stringify(value.config));
+      const box = make("select", { "aria-label": words.preset, on: { change: () => {
+        if (box.value !== "") commit({ ...value, config: { ...presets[Number(box.value)][1] } });
+      } } }, ...(same < 0 ? [make("option", { value: "", text: words.custom })] : []),
+      ...presets.map(([name], index) => make("option", { value: index, text: name })));
+      box.value = same < 0 ? "" : String(same);
+      rows.push(make("div", { class: "kv-field" }, make("label", { text: words.preset }), box));
     }
     if (!entry.fields.length) rows.push(make("p", { text: words.nothing_to_set }));
     for (const field of entry.fields) {
       const label = field.unit ? `${field.label} (${field.unit})` : field.label;
       rows.push(make("div", { class: "kv-field" }, make("label", { text: label }), control(field), make("small", { text: field.help })));
     }
-    rows.push(make("p", { class: "kv-lane-problem", role: "alert" }), make("p", { class: "kv-lane-estimate" }));
     popover.replaceChildren(...rows);
     drawRemarks();
   }
@@ -127,10 +131,10 @@ KVLens.lane = (component, laneId) => {
       : figures.speed_ratio ? `${units.figures(figures.speed_ratio)}${words.speed_ratio}` : " ");
     const [size, unit] = units.bytes(figures.live_bytes).split(" ");
     setText(bytes.number, size);
-    setText(bytes.unit, unit || words.kv);
+    setText(bytes.unit, `${unit || ""} ${words.kv}`);
     const ratio = figures.times_smaller;
-    setText(bytes.detail, ratio === null ? words.kv
-      : Math.abs(ratio - 1) < 0.005 ? `${words.kv}, ${words.of_fp16}` : `${words.kv}, ${units.figures(ratio)}${words.smaller}`);
+    setText(bytes.detail, ratio === null ? " "
+      : Math.abs(ratio - 1) < 0.005 ? words.of_fp16 : `${units.figures(ratio)}${words.smaller}`);
     setText(bits.number, units.figures(figures.bits_per_value));
     setText(bits.unit, words.bits);
     setText(bits.detail, words.everything);
@@ -158,6 +162,8 @@ KVLens.lane = (component, laneId) => {
     setText(story, parts.join(" · "));
   }
 
+  KVLens.tokenHover(laneId);
+  KVLens.answers.watch(laneId);
   KVLens.follow(component, (text) => {
     if (!text) return;
     value = JSON.parse(text);

@@ -126,11 +126,15 @@ KVLens.statusLine = (component) => {
   const words = KVLens.text.chat;
   const label = make("span", { class: "kv-status-label" });
   const hint = make("span", { class: "kv-status-hint" });
-  const replay = make("button", { type: "button", class: "kv-quiet", text: words.replay, on: { click: () => component.trigger("replay", {}) } });
+  const replay = make("button", { type: "button", class: "kv-quiet", text: words.replay, on: { click: play } });
   const notice = make("div", { class: "kv-notice", role: "alert" });
   const machine = make("span", { class: "kv-status-machine", text: KVLens.machineNote.text });
   KVLens.machineNote.show = (text) => setText(machine, text);
   root.append(make("div", { class: "kv-status-line" }, label, hint, replay, machine), notice);
+  // `?replay_rate=50` plays at so many tokens/s a lane (benchmarks/replay.py); without it, at the run's own speed.
+  function play() {
+    component.trigger("replay", { rate: Number(new URLSearchParams(location.search).get("replay_rate")) || null });
+  }
   KVLens.feed.listen((payload) => {
     const isRecorded = payload.state === "recorded" || payload.state === "replay";
     setText(label, isRecorded ? payload.label : "");

@@ -22,7 +22,7 @@ KVLens.address = (component) => {
     KVLens.onRemarks.tell(remarks);
     const kept = new URLSearchParams(location.search);
     const next = new URLSearchParams(query);
-    for (const name of ["__theme", "panels_off"]) if (kept.has(name)) next.set(name, kept.get(name));
+    for (const name of ["__theme", "panels_off", "replay_rate"]) if (kept.has(name)) next.set(name, kept.get(name));
     const search = next.toString();
     history.replaceState(null, "", search ? `?${search}` : location.pathname);
   });

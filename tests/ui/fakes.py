@@ -10,11 +10,64 @@ from kvlens.engine.trace import ErrorSnapshot, LaneLog, MachineMemory, MemorySam
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 8, 2, 64
 VALUES_PER_TOKEN = 2 * NUM_LAYERS * NUM_HEADS * HEAD_DIM
-WORDS = (
-    "The heron stood at the edge of the water and waited . A small wind moved the reeds , and the light "
-    "turned slowly from grey to gold . Nobody had seen the old keeper since the morning , but his boat lay "
-    "where it always lay , and there was smoke above the hut ."
-).split()
+WORDS = [
+    "The",
+    "heron",
+    "stood",
+    "at",
+    "the",
+    "edge",
+    "of",
+    "the",
+    "water",
+    "and",
+    "waited",
+    ".",
+    "A",
+    "small",
+    "wind",
+    "moved",
+    "the",
+    "reeds",
+    ",",
+    "and",
+    "the",
+    "light",
+    "turned",
+    "slowly",
+    "from",
+    "grey",
+    "to",
+    "gold",
+    ".",
+    "Nobody",
+    "had",
+    "seen",
+    "the",
+    "old",
+    "keeper",
+    "since",
+    "the",
+    "morning",
+    ",",
+    "but",
+    "his",
+    "boat",
+    "lay",
+    "where",
+    "it",
+    "always",
+    "lay",
+    ",",
+    "and",
+    "there",
+    "was",
+    "smoke",
+    "above",
+    "the",
+    "hut",
+    ".",
+]
 
 
 def part_bytes(method: str, num_tokens: int) -> dict[str, int]:

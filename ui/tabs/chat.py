@@ -55,13 +55,11 @@ def draw(handlers: ChatHandlers, examples: list[dict[str, str]]) -> ChatElements
         for lane_id, messages in zip(controls.LANES, first.chats, strict=True):
             with gr.Column(elem_classes="kv-lane-card", min_width=300):
                 value = controls.default_choice(lane_id).to_json()
-                script = f"((c) => {{ KVLens.lane(c, '{lane_id}'); KVLens.tokenHover('{lane_id}'); KVLens.answers.watch('{lane_id}'); }})"
-                lanes.append(mounted("kv-lane", f"/* 'change' */ {script}", value, elem_id=f"kv-lane-{lane_id}"))
+                script = f"/* 'change' */ ((part) => KVLens.lane(part, '{lane_id}'))"
+                lanes.append(mounted("kv-lane", script, value, elem_id=f"kv-lane-{lane_id}"))
                 chats.append(_chat(lane_id, messages))
     prompt, send, stop, regenerate, edit, clear, sampling = _asking(examples)
-    panels = mounted(
-        "kv-panels", "/* 'select' */ KVLens.panels", first.payload, elem_id="kv-panels"
-    )
+    panels = mounted("kv-panels", "/* 'select' */ KVLens.panels", first.payload, elem_id="kv-panels")
     address = mounted("kv-silent", "KVLens.address", elem_classes="kv-silent-block")
     download = mounted("kv-silent", "KVLens.download", elem_classes="kv-silent-block")
     return ChatElements(
@@ -157,9 +155,7 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     for entry in (*elements.lanes, *elements.sampling):
         entry.change(handlers.note_address, [elements.prompt, *settings], elements.address, **quick)
     elements.prompt.blur(handlers.note_address, [elements.prompt, *settings], elements.address, **quick)
-    demo.load(
-        handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick
-    )
+    demo.load(handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick)
     demo.load(
         handlers.watch_model, None, header, api_visibility="private", show_progress="hidden",
         concurrency_id="watch", concurrency_limit=64,
