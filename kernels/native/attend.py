@@ -4,13 +4,16 @@ An item is a run of tiles of one key/value head of one sequence, with all its qu
 from a counter. A tile is `tile_tokens` packed tokens (whole pages); the first also takes the sinks, the last
 the rest of the window. Where a head has several items, the one that ends last merges them by log-sum-exp.
 
-Scores are kept in units of log2 (the query is multiplied by scaling * log2(e)), so the softmax is powers of 2.
+Scores are in units of log2 (the query is multiplied by scaling * log2(e)): the softmax is powers of 2.
 This module does not know bits or element types: those are in the kernels that it calls by address.
 """
 
-import ctypes
 import math
+from typing import NamedTuple
 
+from numba import float32, int64, njit
+
+from kvlens.kernels.native.attend_arguments import AttendArguments, Side
 from kvlens.kernels.native.dense_rows import add_scaled, exponentiate, highest_score, scale_floats
 from kvlens.kernels.native.jit import depends_on
 from kvlens.kernels.native.scalars import (
@@ -24,53 +27,33 @@ from kvlens.kernels.native.scalars import (
     write_float,
     write_int64,
 )
-from numba import float32, int64, njit
 
 ITEMS_PER_THREAD = 4
 _LOG_2 = math.log(2)
 
-
-class AttendArguments(ctypes.Structure):
-    """Everything a call needs. Addresses and counts; `*_stride` in bytes; kernels are addresses."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in (
-            # the team
-            "parallel_address", "worker", "num_threads", "min_parallel_work",
-            # the kernels, for one query head and for `heads_at_once`
-            "heads_at_once", "read_query", "write_output",
-            "score_packed_one", "score_packed_many", "sum_packed_one", "sum_packed_many",
-            "score_exact_one", "score_exact_many", "sum_exact_one", "sum_exact_many",
-            # shapes
-            "batch", "num_kv_heads", "heads_per_group", "head_dim", "row_bytes", "page_tokens", "tile_tokens",
-            # query and result
-            "query", "query_batch_stride", "query_head_stride",
-            "output", "output_batch_stride", "output_head_stride", "log_sum_exp",
-            # packed tokens
-            "page_table", "page_table_stride", "num_keys", "num_values", "length",
-            "key_codes", "key_codes_page_stride", "key_codes_head_stride", "key_codes_row_stride",
-            "key_scale", "key_minimum", "key_scale_page_stride", "key_scale_head_stride",
-            "value_codes", "value_codes_page_stride", "value_codes_head_stride", "value_codes_row_stride",
-            "value_scale", "value_minimum", "value_scale_page_stride", "value_scale_head_stride",
-            "value_scale_row_stride",
-            # exact tokens
-            "num_sinks", "key_ring_slots", "value_ring_slots",
-            "ring_keys", "ring_keys_batch_stride", "ring_keys_head_stride", "ring_keys_row_stride",
-            "ring_values", "ring_values_batch_stride", "ring_values_head_stride", "ring_values_row_stride",
-            "sink_keys", "sink_keys_batch_stride", "sink_keys_head_stride", "sink_keys_row_stride",
-            "sink_values", "sink_values_batch_stride", "sink_values_head_stride", "sink_values_row_stride",
-            # the workspace
-            "counters", "first_items", "num_finished", "partials", "partial_bytes",
-            "scratch", "scratch_bytes", "scores_bytes", "factors_bytes",
-        )),
-        ("query_factor", ctypes.c_float),
-    )  # fmt: skip
-
-
-NUM_COUNTERS = 8
-_NEXT_ITEM, _NEXT_THREAD, _TILES_PER_ITEM = 0, 8, 16  # bytes into the counters
-
 field, field_address = field_access(AttendArguments)
+side, side_address = field_access(Side)
+
+
+class Task(NamedTuple):
+    """What an item is about, and memory for the kernels' own use."""
+
+    arguments: int
+    row: int
+    head: int
+    scratch: int
+
+
+class Operand(NamedTuple):
+    """fp32 numbers of a tile in scratch memory.
+
+    `token_step` is 4 where a head has one for every token (scores), and 0 where it has one row for all of
+    them (the query, the sums).
+    """
+
+    address: int
+    head_stride: int
+    token_step: int
 
 
 def attend_entry(source):
@@ -81,9 +64,7 @@ def attend_entry(source):
         num_items, work = _plan(arguments)
         num_threads = min(field(arguments, "num_threads"), num_items)
         if num_threads > 1 and work >= field(arguments, "min_parallel_work"):
-            enter_team(
-                field(arguments, "parallel_address"), field(arguments, "worker"), arguments, num_threads
-            )
+            enter_team(field(arguments, "parallel_address"), field(arguments, "worker"), arguments, num_threads)
         else:
             call(field(arguments, "worker"), (arguments,))
 
@@ -95,18 +76,17 @@ def attend_worker(source):
 
     def worker(arguments):
         depends_on(source)
-        counters = field(arguments, "counters")
-        thread = atomic_add(counters + _NEXT_THREAD, 1)
+        thread = atomic_add(field_address(arguments, "next_thread"), 1)
         scratch = field(arguments, "scratch") + thread * field(arguments, "scratch_bytes")
         batch, first_items = field(arguments, "batch"), field(arguments, "first_items")
         num_items = read_int64(first_items + 8 * batch)
-        item = atomic_add(counters + _NEXT_ITEM, 1)
+        item = atomic_add(field_address(arguments, "next_item"), 1)
         while item < num_items:
             row = 0
             while item >= read_int64(first_items + 8 * (row + 1)):
                 row += 1
             _attend_item(arguments, scratch, item, row)
-            item = atomic_add(counters + _NEXT_ITEM, 1)
+            item = atomic_add(field_address(arguments, "next_item"), 1)
 
     return worker
 
@@ -136,217 +116,203 @@ def _plan(arguments):
     write_int64(field(arguments, "first_items") + 8 * batch, item)
     for index in range(batch * heads):
         write_int64(field(arguments, "num_finished") + 8 * index, 0)
-    counters = field(arguments, "counters")
-    write_int64(counters + _NEXT_ITEM, 0)
-    write_int64(counters + _NEXT_THREAD, 0)
-    write_int64(counters + _TILES_PER_ITEM, tiles_per_item)
-    work = num_tokens * heads * field(arguments, "heads_per_group") * field(arguments, "head_dim")
-    return item, work
+    write_int64(field_address(arguments, "next_item"), 0)
+    write_int64(field_address(arguments, "next_thread"), 0)
+    write_int64(field_address(arguments, "tiles_per_item"), tiles_per_item)
+    return item, num_tokens * heads * field(arguments, "heads_per_group") * field(arguments, "head_dim")
 
 
 @njit(error_model="numpy")
 def _attend_item(arguments, scratch, item, row):
-    """Attend to the tokens of one item and write, or merge, its result.
+    """Attend to the tokens of one item, then write its result or merge it with its siblings'.
 
-    Scratch: queries, sums (rows of fp32), highest scores, totals, scores, scaled factors.
+    Scratch: queries `[heads_per_group, row]`, scores `[heads_per_group, tile]`, then the kernels' own.
     """
     heads, num_heads = field(arguments, "num_kv_heads"), field(arguments, "heads_per_group")
     first_item = read_int64(field(arguments, "first_items") + 8 * row)
     num_splits = (read_int64(field(arguments, "first_items") + 8 * (row + 1)) - first_item) // heads
     head, split = (item - first_item) // num_splits, (item - first_item) % num_splits
-    row_bytes, state_bytes = field(arguments, "row_bytes"), _state_bytes(num_heads)
-    queries = scratch
     partial = field(arguments, "partials") + item * field(arguments, "partial_bytes")
-    scores = queries + num_heads * row_bytes
+    keys, values = field_address(arguments, "keys"), field_address(arguments, "values")
 
-    call(field(arguments, "read_query"), (
-        field(arguments, "query") + row * field(arguments, "query_batch_stride")
-        + head * num_heads * field(arguments, "query_head_stride"),
-        field(arguments, "query_head_stride"), num_heads, queries, field_address(arguments, "query_factor"),
-    ))  # fmt: skip
-    scale_floats(partial + state_bytes, num_heads * (row_bytes // 4), float32(0.0))
-    for index in range(num_heads):
-        write_float(partial + 4 * index, float32(-math.inf))
-        write_float(partial + 4 * (num_heads + index), float32(0.0))
+    row_bytes, scores_bytes = field(arguments, "row_bytes"), field(arguments, "scores_bytes")
+    queries = Operand(scratch, row_bytes, 0)
+    scores = Operand(scratch + num_heads * row_bytes, scores_bytes, 4)
+    sums = Operand(partial + _state_bytes(num_heads), row_bytes, 0)
+    task = Task(arguments, row, head, scores.address + num_heads * scores_bytes)
+
+    query = field(arguments, "query") + row * field(arguments, "query_batch_stride")
+    query += head * num_heads * field(arguments, "query_head_stride")
+    factor = field_address(arguments, "query_factor")
+    call(
+        field(arguments, "read_query"),
+        (query, field(arguments, "query_head_stride"), num_heads, scratch, factor),
+    )
+    _clear_partial(arguments, partial)
 
     length = int64(read_int32(field(arguments, "length") + 4 * row))
-    num_tiles = _num_tiles(arguments, row)
-    tiles_per_item = read_int64(field(arguments, "counters") + _TILES_PER_ITEM)
-    last_tile = min(num_tiles, (split + 1) * tiles_per_item)
-    for tile in range(split * tiles_per_item, last_tile):
+    tiles_per_item = field(arguments, "tiles_per_item")
+    for tile in range(split * tiles_per_item, min(_num_tiles(arguments, row), (split + 1) * tiles_per_item)):
         start = tile * field(arguments, "tile_tokens") + field(arguments, "num_sinks")
         stop = min(length, start + field(arguments, "tile_tokens"))
         start = 0 if tile == 0 else start
         if start < stop:
-            _score_tile(arguments, row, head, start, stop, queries, scores)
+            _walk(task, keys, values, start, stop, queries, scores)
             _softmax_tile(arguments, stop - start, scores, partial)
-            _sum_tile(arguments, row, head, start, stop, scores, partial + state_bytes)
+            _walk(task, values, keys, start, stop, scores, sums)
 
     if num_splits == 1:
         _write_result(arguments, row, head, partial)
     elif atomic_add(field(arguments, "num_finished") + 8 * (row * heads + head), 1) == num_splits - 1:
-        first = field(arguments, "partials") + (item - split) * field(arguments, "partial_bytes")
+        first = partial - split * field(arguments, "partial_bytes")
         for other in range(1, num_splits):
             _merge(arguments, first, first + other * field(arguments, "partial_bytes"))
         _write_result(arguments, row, head, first)
 
 
-@njit(error_model="numpy")
-def _state_bytes(num_heads):
-    """Highest score and total of every head, filled up to whole vectors."""
-    return (2 * 4 * num_heads + 63) // 64 * 64
+# ---------------------------------------------------------------------------------------------------------
+# Keys and values. Both are walked alike: sinks, pages, ring.
 
 
 @njit(error_model="numpy")
-def _score_tile(arguments, row, head, start, stop, queries, scores):
-    """scores[h, t - start] of tokens start..stop-1. Shapes: scores `[num_heads, scores_bytes / 4]`."""
+def _walk(task, here, other, start, stop, factors, results):
+    """Run the kernels of the side `here` over the tokens start .. stop-1."""
+    arguments, row, head = task.arguments, task.row, task.head
     num_sinks, page_tokens = field(arguments, "num_sinks"), field(arguments, "page_tokens")
-    num_keys = int64(read_int32(field(arguments, "num_keys") + 4 * row))
-    stride = field(arguments, "scores_bytes")
+    num_packed = int64(read_int32(side(here, "num_packed") + 4 * row))
+
     if start < num_sinks:
-        rows = (
-            field(arguments, "sink_keys") + row * field(arguments, "sink_keys_batch_stride")
-            + head * field(arguments, "sink_keys_head_stride")
-        )  # fmt: skip
-        _score_exact(arguments, rows, field(arguments, "sink_keys_row_stride"), min(stop, num_sinks), queries, scores)
+        sinks = side(here, "sinks") + row * side(here, "sinks_batch_stride")
+        sinks += head * side(here, "sinks_head_stride")
+        count = min(stop, num_sinks) - start
+        _exact_tokens(task, here, sinks, side(here, "sinks_row_stride"), 0, count, factors, results)
 
-    num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
-    factors = scores + num_heads * stride
-    first_packed, last_packed = max(start - num_sinks, 0), min(stop - num_sinks, num_keys)
-    table = field(arguments, "page_table") + row * field(arguments, "page_table_stride")
-    for token in range(first_packed, last_packed, page_tokens):
-        page = int64(read_int32(table + 4 * (token // page_tokens)))
-        target = scores + 4 * (token + num_sinks - start)
-        codes = (
-            field(arguments, "key_codes") + page * field(arguments, "key_codes_page_stride")
-            + head * field(arguments, "key_codes_head_stride")
-        )  # fmt: skip
-        offset = page * field(arguments, "key_scale_page_stride") + head * field(arguments, "key_scale_head_stride")
-        done = 0
-        while done < num_heads:
-            is_many = num_heads - done >= field(arguments, "heads_at_once")
-            count = field(arguments, "heads_at_once") if is_many else 1
-            for index in range(count):
-                scale_floats(target + (done + index) * stride, page_tokens, float32(0.0))
-            call(field(arguments, "score_packed_many") if is_many else field(arguments, "score_packed_one"), (
-                codes, field(arguments, "key_codes_row_stride"),
-                field(arguments, "key_scale") + offset, field(arguments, "key_minimum") + offset,
-                queries + done * row_bytes, row_bytes, field(arguments, "head_dim"),
-                target + done * stride, stride, factors, field(arguments, "factors_bytes"),
-            ))  # fmt: skip
-            done += count
+    first, last = max(start - num_sinks, 0), min(stop - num_sinks, num_packed)
+    for token in range(first, last, page_tokens):
+        page = _page(task, here, token)
+        if token + page_tokens < last:
+            following = _page(task, here, token + page_tokens)
+        else:
+            following = _first_page_after(task, here, other, first, page)
+        count = min(page_tokens, last - token)
+        _packed_tokens(task, here, page, following, token + num_sinks - start, count, factors, results)
 
-    slots = field(arguments, "key_ring_slots")
-    rows = (
-        field(arguments, "ring_keys") + row * field(arguments, "ring_keys_batch_stride")
-        + head * field(arguments, "ring_keys_head_stride")
-    )  # fmt: skip
-    row_stride = field(arguments, "ring_keys_row_stride")
-    token = max(start, num_sinks + num_keys)
+    slots, row_stride = side(here, "ring_slots"), side(here, "ring_row_stride")
+    ring = side(here, "ring") + row * side(here, "ring_batch_stride") + head * side(here, "ring_head_stride")
+    token = max(start, num_sinks + num_packed)
     while token < stop:
         slot = token % slots
         count = min(stop - token, slots - slot)
-        _score_exact(arguments, rows + slot * row_stride, row_stride, count, queries, scores + 4 * (token - start))
+        rows = ring + slot * row_stride
+        _exact_tokens(task, here, rows, row_stride, token - start, count, factors, results)
         token += count
 
 
 @njit(error_model="numpy")
-def _score_exact(arguments, rows, row_stride, count, queries, scores):
-    num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
-    stride = field(arguments, "scores_bytes")
+def _page(task, here, token):
+    """Addresses of codes, scale and minimum of the page that holds a packed token."""
+    arguments = task.arguments
+    table = field(arguments, "page_table") + task.row * field(arguments, "page_table_stride")
+    page = int64(read_int32(table + 4 * (token // field(arguments, "page_tokens"))))
+    codes = page * side(here, "codes_page_stride") + task.head * side(here, "codes_head_stride")
+    scale = page * side(here, "scale_page_stride") + task.head * side(here, "scale_head_stride")
+    return side(here, "codes") + codes, side(here, "scale") + scale, side(here, "minimum") + scale
+
+
+@njit(error_model="numpy")
+def _first_page_after(task, here, other, first, page):
+    """What is read after a side's last page of a tile: values of the same tile, or keys of the next."""
+    is_keys = here == field_address(task.arguments, "keys")
+    token = first if is_keys else first + field(task.arguments, "tile_tokens")
+    if token < int64(read_int32(side(other, "num_packed") + 4 * task.row)):
+        return _page(task, other, token)
+    return page
+
+
+@njit(error_model="numpy")
+def _heads_together(num_left):
+    """Heads that the next kernel takes: four, two or one."""
+    return 4 if num_left >= 4 else 2 if num_left >= 2 else 1
+
+
+@njit(error_model="numpy")
+def _packed_tokens(task, here, page, following, offset, num_tokens, factors, results):
+    """Run the packed kernel over one page, for all heads. `offset`: of its first token in the tile."""
+    arguments = task.arguments
+    page_tokens, num_heads = field(arguments, "page_tokens"), field(arguments, "heads_per_group")
+    is_keys = here == field_address(arguments, "keys")
+    num_rows = field(arguments, "head_dim") if is_keys else num_tokens
     done = 0
     while done < num_heads:
-        is_many = num_heads - done >= field(arguments, "heads_at_once")
-        call(field(arguments, "score_exact_many") if is_many else field(arguments, "score_exact_one"), (
-            rows, row_stride, count, queries + done * row_bytes, scores + done * stride, stride,
+        count = _heads_together(num_heads - done)
+        factor = factors.address + offset * factors.token_step + done * factors.head_stride
+        result = results.address + offset * results.token_step + done * results.head_stride
+        if is_keys:  # the kernel adds to what is there
+            for index in range(count):
+                scale_floats(result + index * results.head_stride, page_tokens, float32(0.0))
+        call(read_int64(side_address(here, "packed_by_1") + 8 * (count // 2)), (
+            page[0], side(here, "codes_row_stride"), page[1], page[2], following[0], following[1], following[2],
+            factor, factors.head_stride, num_rows, result, results.head_stride,
+            task.scratch, field(arguments, "factors_bytes"),
         ))  # fmt: skip
-        done += field(arguments, "heads_at_once") if is_many else 1
+        done += count
+
+
+@njit(error_model="numpy")
+def _exact_tokens(task, here, rows, row_stride, offset, num_tokens, factors, results):
+    """Run the exact kernel over neighbouring rows, for all heads."""
+    num_heads = field(task.arguments, "heads_per_group")
+    done = 0
+    while done < num_heads:
+        count = _heads_together(num_heads - done)
+        factor = factors.address + offset * factors.token_step + done * factors.head_stride
+        result = results.address + offset * results.token_step + done * results.head_stride
+        call(
+            read_int64(side_address(here, "exact_by_1") + 8 * (count // 2)),
+            (rows, row_stride, num_tokens, factor, factors.head_stride, result, results.head_stride),
+        )
+        done += count
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Softmax. A partial result is: highest score of every head, total of every head, sums of every head.
+
+
+@njit(error_model="numpy")
+def _state_bytes(num_heads):
+    """Highest scores and totals, filled up to whole cache lines."""
+    return (2 * 4 * num_heads + 63) // 64 * 64
+
+
+@njit(error_model="numpy")
+def _clear_partial(arguments, partial):
+    num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
+    for head in range(num_heads):
+        write_float(partial + 4 * head, float32(-math.inf))
+        write_float(partial + 4 * (num_heads + head), float32(0.0))
+    scale_floats(partial + _state_bytes(num_heads), num_heads * (row_bytes // 4), float32(0.0))
 
 
 @njit(error_model="numpy")
 def _softmax_tile(arguments, count, scores, partial):
-    """Turn scores into powers of 2 of their distance to the highest yet; bring what is summed up in line."""
+    """Turn scores into powers of 2 of their distance to the highest yet; bring the sums so far in line."""
     num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
     for head in range(num_heads):
-        row = scores + head * field(arguments, "scores_bytes")
+        row = scores.address + head * scores.head_stride
         highest_place, total_place = partial + 4 * head, partial + 4 * (num_heads + head)
         before = read_float(highest_place)
         highest = max(before, highest_score(row, count))
-        shrunk = float32(2.0 ** (before - highest)) if before < highest else float32(1.0)
+        shrunk = float32(1.0)
         if before < highest:
-            sums = partial + _state_bytes(num_heads) + head * row_bytes
-            scale_floats(sums, row_bytes // 4, shrunk)
+            shrunk = float32(2.0 ** (before - highest))
+            scale_floats(partial + _state_bytes(num_heads) + head * row_bytes, row_bytes // 4, shrunk)
         write_float(highest_place, highest)
         write_float(total_place, read_float(total_place) * shrunk + exponentiate(row, count, highest))
 
 
 @njit(error_model="numpy")
-def _sum_tile(arguments, row, head, start, stop, scores, sums):
-    """sums[h] += powers[h, t - start] * value[t] of tokens start..stop-1."""
-    num_sinks, page_tokens = field(arguments, "num_sinks"), field(arguments, "page_tokens")
-    num_values = int64(read_int32(field(arguments, "num_values") + 4 * row))
-    stride = field(arguments, "scores_bytes")
-    if start < num_sinks:
-        rows = (
-            field(arguments, "sink_values") + row * field(arguments, "sink_values_batch_stride")
-            + head * field(arguments, "sink_values_head_stride")
-        )  # fmt: skip
-        _sum_exact(arguments, rows, field(arguments, "sink_values_row_stride"), min(stop, num_sinks), scores, sums)
-
-    num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
-    factors = scores + num_heads * stride
-    first_packed, last_packed = max(start - num_sinks, 0), min(stop - num_sinks, num_values)
-    table = field(arguments, "page_table") + row * field(arguments, "page_table_stride")
-    for token in range(first_packed, last_packed, page_tokens):
-        page = int64(read_int32(table + 4 * (token // page_tokens)))
-        count_rows = min(page_tokens, last_packed - token)
-        powers = scores + 4 * (token + num_sinks - start)
-        codes = (
-            field(arguments, "value_codes") + page * field(arguments, "value_codes_page_stride")
-            + head * field(arguments, "value_codes_head_stride")
-        )  # fmt: skip
-        offset = page * field(arguments, "value_scale_page_stride") + head * field(arguments, "value_scale_head_stride")
-        done = 0
-        while done < num_heads:
-            is_many = num_heads - done >= field(arguments, "heads_at_once")
-            call(field(arguments, "sum_packed_many") if is_many else field(arguments, "sum_packed_one"), (
-                codes, field(arguments, "value_codes_row_stride"),
-                field(arguments, "value_scale") + offset, field(arguments, "value_minimum") + offset,
-                powers + done * stride, stride, count_rows,
-                sums + done * row_bytes, row_bytes, factors, field(arguments, "factors_bytes"),
-            ))  # fmt: skip
-            done += field(arguments, "heads_at_once") if is_many else 1
-
-    slots = field(arguments, "value_ring_slots")
-    rows = (
-        field(arguments, "ring_values") + row * field(arguments, "ring_values_batch_stride")
-        + head * field(arguments, "ring_values_head_stride")
-    )  # fmt: skip
-    row_stride = field(arguments, "ring_values_row_stride")
-    token = max(start, num_sinks + num_values)
-    while token < stop:
-        slot = token % slots
-        count = min(stop - token, slots - slot)
-        _sum_exact(arguments, rows + slot * row_stride, row_stride, count, scores + 4 * (token - start), sums)
-        token += count
-
-
-@njit(error_model="numpy")
-def _sum_exact(arguments, rows, row_stride, count, powers, sums):
-    num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
-    stride = field(arguments, "scores_bytes")
-    done = 0
-    while done < num_heads:
-        is_many = num_heads - done >= field(arguments, "heads_at_once")
-        call(field(arguments, "sum_exact_many") if is_many else field(arguments, "sum_exact_one"), (
-            rows, row_stride, count, powers + done * stride, stride, sums + done * row_bytes,
-        ))  # fmt: skip
-        done += field(arguments, "heads_at_once") if is_many else 1
-
-
-@njit(error_model="numpy")
 def _merge(arguments, into, other):
-    """Join two partial softmaxes of the same heads."""
+    """Join two partial results of the same heads."""
     num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
     for head in range(num_heads):
         total = 4 * (num_heads + head)
@@ -364,18 +330,18 @@ def _merge(arguments, into, other):
 def _write_result(arguments, row, head, partial):
     """Divide by the total, round to the query's element, and leave the log-sum-exp in natural units."""
     num_heads = field(arguments, "heads_per_group")
-    first_head = head * num_heads
-    place = field(arguments, "log_sum_exp") + 4 * (row * field(arguments, "num_kv_heads") * num_heads + first_head)
+    first_head = row * field(arguments, "num_kv_heads") * num_heads + head * num_heads
     for index in range(num_heads):
         total_place = partial + 4 * (num_heads + index)
         total = read_float(total_place)
         is_empty = total == float32(0.0)
-        log2_total = -math.inf if is_empty else read_float(partial + 4 * index) + math.log2(total)
-        write_float(place + 4 * index, float32(log2_total * _LOG_2))
+        log2_sum = -math.inf if is_empty else read_float(partial + 4 * index) + math.log2(total)
+        write_float(field(arguments, "log_sum_exp") + 4 * (first_head + index), float32(log2_sum * _LOG_2))
         write_float(total_place, float32(0.0) if is_empty else float32(1.0) / total)
-    call(field(arguments, "write_output"), (
-        field(arguments, "output") + row * field(arguments, "output_batch_stride")
-        + first_head * field(arguments, "output_head_stride"),
-        field(arguments, "output_head_stride"), num_heads,
-        partial + _state_bytes(num_heads), partial + 4 * num_heads,
-    ))  # fmt: skip
+    output = field(arguments, "output") + row * field(arguments, "output_batch_stride")
+    output += head * num_heads * field(arguments, "output_head_stride")
+    sums = partial + _state_bytes(num_heads)
+    call(
+        field(arguments, "write_output"),
+        (output, field(arguments, "output_head_stride"), num_heads, sums, partial + 4 * num_heads),
+    )

@@ -6,6 +6,10 @@ strides are int64 in bytes. This module does not know where rows come from.
 
 import math
 
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
 from kvlens.kernels.native.vectors import (
     ELEMENT_BYTES,
     NUM_LANES,
@@ -16,9 +20,6 @@ from kvlens.kernels.native.vectors import (
     splat,
     store_floats,
 )
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 
 def padded(head_dim: int) -> int:
@@ -89,27 +90,31 @@ def write_rows(builder, rows, rows_stride, count, source, factors, element, head
 
 
 @_loop_intrinsic
-def score_rows(builder, rows, rows_stride, count, queries, scores, scores_stride, element, head_dim, num_heads):
+def score_rows(
+    builder, rows, rows_stride, count, queries, queries_stride, scores, scores_stride, element, head_dim, num_heads
+):
     """scores[h, row] = sum(queries[h] * rows[row])."""
     with _rows(builder, count) as (row, _):
         keys = _load_row(builder, _plus(builder, rows, row, rows_stride), element, head_dim)
         for head in range(num_heads):
-            query = builder.add(queries, queries.type(head * 4 * padded(head_dim)))
+            query = _plus(builder, queries, row.type(head), queries_stride)
             products = splat(builder, 0.0)
             for index, key in enumerate(keys):
                 place = builder.add(query, query.type(4 * NUM_LANES * index))
                 products = key.times_plus(load_floats(builder, place, NUM_LANES), products)
             score = products.sum()
-            target = _plus(builder, builder.add(scores, builder.mul(scores_stride, row.type(head))), row, 4)
+            target = _plus(builder, _plus(builder, scores, row.type(head), scores_stride), row, 4)
             builder.store(score, builder.inttoptr(target, score.type.as_pointer()), align=4)
 
 
 @_loop_intrinsic
-def sum_rows(builder, rows, rows_stride, count, factors, factors_stride, sums, element, head_dim, num_heads):
+def sum_rows(
+    builder, rows, rows_stride, count, factors, factors_stride, sums, sums_stride, element, head_dim, num_heads
+):
     """sums[h] += sum over rows of factors[h, row] * rows[row]."""
     places = [
         [
-            builder.add(sums, sums.type(4 * (head * padded(head_dim) + start)))
+            builder.add(_plus(builder, sums, sums.type(head), sums_stride), sums.type(4 * start))
             for start in range(0, head_dim, NUM_LANES)
         ]
         for head in range(num_heads)
@@ -121,8 +126,8 @@ def sum_rows(builder, rows, rows_stride, count, factors, factors_stride, sums, e
     with _rows(builder, count) as (row, _):
         values = _load_row(builder, _plus(builder, rows, row, rows_stride), element, head_dim)
         for head in range(num_heads):
-            at_head = builder.add(factors, builder.mul(factors_stride, row.type(head)))
-            factor = load_broadcast(builder, _plus(builder, at_head, row, 4))
+            factor_row = _plus(builder, factors, row.type(head), factors_stride)
+            factor = load_broadcast(builder, _plus(builder, factor_row, row, 4))
             for total, value in zip(totals[head], values, strict=True):
                 more = value.times_plus(factor, Lanes(builder, builder.load(total)))
                 builder.store(more.value, total)

@@ -43,8 +43,13 @@ def has_lookups() -> bool:
     """Whether vectors can be looked up in registers here: AVX-512F on x86.
 
     `KVLENS_CPU_FEATURES=generic` says no, to test the arithmetic that other processors run.
+    Raises: ValueError if that variable is neither `auto` nor `generic`.
     """
-    choice = os.environ.get("KVLENS_CPU_FEATURES", "auto").lower()
+    return _allows_lookups(os.environ.get("KVLENS_CPU_FEATURES", "auto"))
+
+
+@cache
+def _allows_lookups(choice: str) -> bool:
     if choice not in ("auto", "generic"):
         raise ValueError(f"KVLENS_CPU_FEATURES must be auto or generic; got {choice!r}")
     return choice == "auto" and "+avx512f" in _host_features().split(",")

@@ -5,35 +5,37 @@
 For keys a row is a channel of a page (N = page_tokens, factors = the query) and the sums are scores; for
 values a row is a token (N = head_dim, factors = the probabilities) and the sums are the output.
 
-The trick. A group's scale turns the handful of possible codes into a table of finished products, so that
-a value costs a shift, a lookup and an addition, and no conversion from int to float:
+Scale and minimum never meet a code. First, for all rows, factor * scale goes to scratch memory and
+factor * minimum is summed up once a group. Then a vector of sixteen values costs
 
-    4 bits: table[j] = (factor * scale) * j, sixteen entries.
-    2 bits: two rows at once. Their codes are merged into nibbles, and the table holds the sixteen sums
-            table[j + 4*k] = (factor0 * scale0) * j + (factor1 * scale1) * k.
+- 2 bits, one head: 2.25 instructions. Two rows at once; their codes, merged into nibbles, select from a
+  table of the sixteen sums `j * (factor0 * scale0) + k * (factor1 * scale1)`. No conversion, half the adds.
+- else: shift, look the code up as a float, and one fused multiply-add a head. Without AVX-512 the lookup is
+  a mask and a conversion.
 
-The minima need no code at all: factor * minimum is summed over the rows once a group. Other widths, groups
-that do not fill a vector, and machines without AVX-512 convert the codes and multiply.
-
-This module does not know about pages, heads' grouping or softmax.
+This module does not know about pages, the grouping of heads, or softmax.
 """
 
 from dataclasses import dataclass
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
 from kvlens.kernels.native.vectors import (
     FP16,
     NUM_LANES,
     Lanes,
-    at,
     constant,
     load_broadcast,
     load_floats,
     load_words,
+    prefetch,
+    splat,
+    store_floats,
 )
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
+MAX_HEADS = 4
 _LOW_PAIRS = 0x3333  # the lower two bits of every nibble of a word
 _MAX_ACCUMULATORS = 16  # half of the 512-bit registers
 
@@ -57,61 +59,50 @@ class RowFormat:
         return self.row_values // self.group_size
 
     @property
-    def uses_tables(self) -> bool:
-        """Lookups pay where sixteen neighbours always share a scale."""
-        return self.has_lookups and self.bits in (2, 4) and self.group_size % NUM_LANES == 0
+    def merges_rows(self) -> bool:
+        """Tables of finished products pay for one head, where sixteen neighbours always share a scale."""
+        is_uniform = self.group_size % NUM_LANES == 0
+        return self.has_lookups and self.bits == 2 and self.num_heads == 1 and is_uniform
 
     @property
     def rows_per_step(self) -> int:
-        return 2 if self.uses_tables and self.bits == 2 else 1
+        return 2 if self.merges_rows else 1
 
-    def slabs(self) -> list["Slab"]:
-        """The row cut into parts whose sums fit the registers, if its words come in whole vectors."""
-        num_vectors = -(-self.row_values // NUM_LANES)
-        num_slabs = 1
-        if self.num_words % NUM_LANES == 0:
-            choices = [n for n in range(1, self.num_words // NUM_LANES + 1) if self.num_words // NUM_LANES % n == 0]
-            fits = [n for n in choices if num_vectors // n * self.num_heads <= _MAX_ACCUMULATORS]
-            num_slabs = fits[0] if fits else choices[-1]
-        width = self.num_words // num_slabs
-        return [Slab(self, index * width, width) for index in range(num_slabs)]
+    def slabs(self) -> list[list[list[int]]]:
+        """The row's values as vectors of sixteen, in slabs of as many as leave their sums in registers.
 
+        A vector past the row's end repeats the last value; there is room for its sums.
+        """
+        words = self.num_words
+        starts = list(range(0, self.row_values, NUM_LANES))
+        if words % NUM_LANES == 0:  # vectors out of the same words go together
+            starts.sort(key=lambda start: (start % words, start // words))
+        vectors = [[min(start + lane, self.row_values - 1) for lane in range(NUM_LANES)] for start in starts]
+        size = max(1, _MAX_ACCUMULATORS // self.num_heads)
+        return [vectors[first : first + size] for first in range(0, len(vectors), size)]
 
-@dataclass(frozen=True)
-class Slab:
-    """Words `first_word .. first_word + num_words - 1` of every row."""
-
-    format: RowFormat
-    first_word: int
-    num_words: int
-
-    def vectors(self) -> list[list[int]]:
-        """The values in these words, as runs of sixteen. A run past the row's end repeats its last value."""
-        row, words = self.format.row_values, self.format.num_words
-        if self.num_words == words:
-            starts = range(0, row, NUM_LANES)
-        else:
-            starts = [
-                slot * words + self.first_word + word
-                for slot in range(16 // self.format.bits)
-                for word in range(0, self.num_words, NUM_LANES)
-            ]
-        return [[min(start + lane, row - 1) for lane in range(NUM_LANES)] for start in starts]
-
-    def source(self, value: int) -> tuple[int, int]:
-        """Word (within the slab) and slot of a value."""
-        slot, word = divmod(value, self.format.num_words)
-        return word - self.first_word, slot
+    def place(self, value: int) -> tuple[int, int]:
+        """Word and slot of a value."""
+        slot, word = divmod(value, self.num_words)
+        return word, slot
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    """Addresses and counts, all int64. Strides in bytes."""
+class RowArguments:
+    """The parameters of a kernel: addresses, counts, and strides in bytes.
+
+    Shapes: codes int16 `[num_rows, num_words]` with any row stride; scale, minimum fp16
+    `[num_rows, num_groups]` without gaps; factors fp32 `[num_heads, num_rows]`, sums fp32 `[num_heads, N]`,
+    scratch fp32 `[num_heads, num_rows + 1, num_groups]`. `next_*` is what the next call reads, to prefetch.
+    """
 
     codes: ir.Value
     codes_stride: ir.Value
     scale: ir.Value
     minimum: ir.Value
+    next_codes: ir.Value
+    next_scale: ir.Value
+    next_minimum: ir.Value
     factors: ir.Value
     factors_stride: ir.Value
     num_rows: ir.Value
@@ -123,45 +114,49 @@ class _Arguments:
 
 def emit_accumulate(builder: ir.IRBuilder, arguments: list[ir.Value], row_format: RowFormat) -> None:
     """Emit the whole kernel for one `RowFormat`."""
-    given = _Arguments(*arguments)
+    given = RowArguments(*arguments)
     offsets = _emit_scaled_factors(builder, given, row_format)
-    for slab in row_format.slabs():
-        _emit_slab(builder, given, slab, offsets)
+    for index, vectors in enumerate(row_format.slabs()):
+        _emit_slab(builder, given, row_format, vectors, offsets, is_first=index == 0)
 
 
-def _head(builder, base: ir.Value, stride: ir.Value, head: int) -> ir.Value:
-    return builder.add(base, builder.mul(stride, stride.type(head)))
+def _heads(builder, base: ir.Value, stride: ir.Value, num_heads: int) -> list[ir.Value]:
+    return [builder.add(base, builder.mul(stride, stride.type(head))) for head in range(num_heads)]
 
 
-def _emit_scaled_factors(builder, given: _Arguments, form: RowFormat) -> list[Lanes]:
+def _plus(builder, base: ir.Value, index: ir.Value, stride: int) -> ir.Value:
+    return builder.add(base, builder.mul(index, index.type(stride)))
+
+
+def _emit_scaled_factors(builder, given: RowArguments, form: RowFormat) -> list[Lanes]:
     """Write factor * scale of every row and group to scratch; give sum(factor * minimum) of every group.
 
-    Shapes: scratch fp32 `[num_heads, num_rows + 1, num_groups]`, the last row zero; result `[num_groups]` a head.
+    The row after the last is zero. Shapes: result `[num_groups]` a head.
     """
     groups = form.num_groups
     rows_at_once = NUM_LANES // groups if groups <= NUM_LANES and NUM_LANES % groups == 0 else 1
-    num_whole = builder.mul(builder.udiv(given.num_rows, given.num_rows.type(rows_at_once)), given.num_rows.type(rows_at_once))
-    factors = [_head(builder, given.factors, given.factors_stride, head) for head in range(form.num_heads)]
-    scratch = [_head(builder, given.scratch, given.scratch_stride, head) for head in range(form.num_heads)]
+    factors = _heads(builder, given.factors, given.factors_stride, form.num_heads)
+    scratch = _heads(builder, given.scratch, given.scratch_stride, form.num_heads)
+    zero = given.num_rows.type(0)
 
     def pass_over(start, stop, num_rows: int) -> list[Lanes]:
         width = num_rows * groups
-        kind = ir.VectorType(ir.FloatType(), width)
-        totals = [cgutils.alloca_once_value(builder, constant(kind, 0)) for _ in range(form.num_heads)]
-        with cgutils.for_range_slice(builder, start, stop, start.type(num_rows)) as (row, _):
-            half_offset = builder.mul(row, row.type(2 * groups))
-            scale = load_floats(builder, builder.add(given.scale, half_offset), width, element=FP16)
-            minimum = load_floats(builder, builder.add(given.minimum, half_offset), width, element=FP16)
+        zeros = constant(ir.VectorType(ir.FloatType(), width), 0)
+        totals = [cgutils.alloca_once_value(builder, zeros) for _ in range(form.num_heads)]
+        with cgutils.for_range_slice(builder, start, stop, zero.type(num_rows)) as (row, _):
+            places = [_plus(builder, base, row, 2 * groups) for base in (given.scale, given.minimum)]
+            scale, minimum = (load_floats(builder, place, width, element=FP16) for place in places)
+            for base in (given.next_scale, given.next_minimum):
+                prefetch(builder, _plus(builder, base, row, 2 * groups), 2 * width)
             for head in range(form.num_heads):
-                address = builder.add(factors[head], builder.mul(row, row.type(4)))
-                factor = load_floats(builder, address, num_rows).pick([lane // groups for lane in range(width)])
-                target = builder.add(scratch[head], builder.mul(row, row.type(4 * groups)))
-                builder.store((factor * scale).value, at(builder, target, kind), align=4)
+                factor = load_floats(builder, _plus(builder, factors[head], row, 4), num_rows)
+                factor = factor.pick([lane // groups for lane in range(width)])
+                store_floats(builder, factor * scale, _plus(builder, scratch[head], row, 4 * groups))
                 total = Lanes(builder, builder.load(totals[head]))
                 builder.store(factor.times_plus(minimum, total).value, totals[head])
         return [Lanes(builder, builder.load(total)) for total in totals]
 
-    zero = given.num_rows.type(0)
+    num_whole = builder.and_(given.num_rows, zero.type(-rows_at_once))
     totals = pass_over(zero, num_whole, rows_at_once)
     while totals[0].num_lanes > groups:
         half = totals[0].num_lanes // 2
@@ -170,110 +165,100 @@ def _emit_scaled_factors(builder, given: _Arguments, form: RowFormat) -> list[La
         rest = pass_over(num_whole, given.num_rows, 1)
         totals = [total + more for total, more in zip(totals, rest, strict=True)]
     for address in scratch:
-        end = builder.add(address, builder.mul(given.num_rows, zero.type(4 * groups)))
-        kind = ir.VectorType(ir.FloatType(), groups)
-        builder.store(constant(kind, 0), at(builder, end, kind), align=4)
+        end = _plus(builder, address, given.num_rows, 4 * groups)
+        zeros = constant(ir.VectorType(ir.FloatType(), groups), 0)
+        store_floats(builder, Lanes(builder, zeros), end)
     return totals
 
 
-def _emit_slab(builder, given: _Arguments, slab: Slab, offsets: list[Lanes]) -> None:
-    form, vectors = slab.format, slab.vectors()
-    groups_of = [[value // form.group_size for value in run] for run in vectors]
-    sums = [_head(builder, given.sums, given.sums_stride, head) for head in range(form.num_heads)]
-    scratch = [_head(builder, given.scratch, given.scratch_stride, head) for head in range(form.num_heads)]
-
+def _emit_slab(
+    builder, given: RowArguments, form: RowFormat, vectors: list[list[int]], offsets: list[Lanes], *, is_first: bool
+) -> None:
+    """Walk over all rows for one slab of the sums, which stay in registers meanwhile."""
+    sums = _heads(builder, given.sums, given.sums_stride, form.num_heads)
+    scratch = _heads(builder, given.scratch, given.scratch_stride, form.num_heads)
+    places = {
+        (head, index): builder.add(sums[head], sums[head].type(4 * values[0]))
+        for head in range(form.num_heads)
+        for index, values in enumerate(vectors)
+    }
     accumulators = {}
-    for head in range(form.num_heads):
-        for index, run in enumerate(vectors):
-            start = load_floats(builder, builder.add(sums[head], sums[head].type(4 * run[0])), NUM_LANES)
-            first = start + offsets[head].pick(groups_of[index])
-            accumulators[head, index] = cgutils.alloca_once_value(builder, first.value)
+    for (head, index), place in places.items():
+        offset = offsets[head].pick([value // form.group_size for value in vectors[index]])
+        start = load_floats(builder, place, NUM_LANES) + offset
+        accumulators[head, index] = cgutils.alloca_once_value(builder, start.value)
 
-    def add(head: int, index: int, term) -> None:
-        place = accumulators[head, index]
-        builder.store(term(Lanes(builder, builder.load(place))).value, place)
-
+    first_word = min(form.place(value)[0] for values in vectors for value in values)
+    last_word = max(form.place(value)[0] for values in vectors for value in values)
     zero = given.num_rows.type(0)
     with cgutils.for_range_slice(builder, zero, given.num_rows, zero.type(form.rows_per_step)) as (row, _):
-        words = [_load_row_words(builder, given, slab, row, more) for more in range(form.rows_per_step)]
-        coefficients = [
-            builder.add(address, builder.mul(row, row.type(4 * form.num_groups))) for address in scratch
-        ]
-        if form.uses_tables:
-            nibbles = _merge_pairs(words[0], words[1]) if form.bits == 2 else words[0]
-            indices = [_nibble_indices(slab, nibbles, run) for run in vectors]
-            for head in range(form.num_heads):
-                tables = {}
-                for index, groups in enumerate(groups_of):
-                    group = groups[0]
-                    if group not in tables:
-                        tables[group] = _product_table(builder, form, coefficients[head], group)
-                    found = indices[index].looked_up_in(tables[group], index_bits=4)
-                    add(head, index, lambda total, found=found: total + found)
+        words = []
+        for more in range(form.rows_per_step):
+            wanted = builder.add(row, zero.type(more))
+            if more:  # past the last row the same one again: its factor is 0
+                wanted = builder.select(builder.icmp_unsigned("<", wanted, given.num_rows), wanted, row)
+            address = builder.add(given.codes, builder.mul(wanted, given.codes_stride))
+            address = builder.add(address, zero.type(2 * first_word))
+            words.append(load_words(builder, address, last_word + 1 - first_word))
+        if is_first:
+            ahead = builder.add(given.next_codes, builder.mul(row, given.codes_stride))
+            prefetch(builder, ahead, form.rows_per_step * 2 * form.num_words)
+        coefficients = [_plus(builder, address, row, 4 * form.num_groups) for address in scratch]
+        step = _merged_rows_step if form.merges_rows else _one_row_step
+        step(builder, form, words, first_word, vectors, coefficients, accumulators)
+
+    for key, place in places.items():
+        store_floats(builder, Lanes(builder, builder.load(accumulators[key])), place)
+
+
+def _add_to(builder, accumulator: ir.Value, term) -> None:
+    builder.store(term(Lanes(builder, builder.load(accumulator))).value, accumulator)
+
+
+def _merged_rows_step(builder, form, words, first_word, vectors, coefficients, accumulators) -> None:
+    """Two rows of 2-bit codes for one head, by tables of products."""
+    row0, row1 = words
+    even = ((row0 ^ (row1 << 2)) & _LOW_PAIRS) ^ (row1 << 2)  # code0 + 4 * code1 of the even slots
+    odd = (((row0 >> 2) ^ row1) & _LOW_PAIRS) ^ row1
+    nibbles = even.pick(list(range(2 * row0.num_lanes)), odd)
+    tables = {}
+    for index, values in enumerate(vectors):
+        group = values[0] // form.group_size
+        if group not in tables:
+            factor0 = load_broadcast(builder, coefficients[0], 4 * group)
+            factor1 = load_broadcast(builder, coefficients[0], 4 * (form.num_groups + group))
+            products = factor0 * [j % 4 for j in range(16)]
+            tables[group] = factor1.times_plus([j // 4 for j in range(16)], products)
+        places = [form.place(value) for value in values]
+        lanes = [word - first_word + row0.num_lanes * (slot % 2) for word, slot in places]
+        indices = nibbles.pick(lanes) >> [4 * (slot // 2) for _, slot in places]
+        found = indices.looked_up_in(tables[group])
+        _add_to(builder, accumulators[0, index], lambda total, found=found: total + found)
+
+
+def _one_row_step(builder, form, words, first_word, vectors, coefficients, accumulators) -> None:
+    """One row for all heads: codes as floats, then a multiply-add a head."""
+    for index, values in enumerate(vectors):
+        places = [form.place(value) for value in values]
+        slots = words[0].pick([word - first_word for word, _ in places]) >> [form.bits * slot for _, slot in places]
+        if form.has_lookups and form.bits == 2:
+            codes = slots.looked_up_in_quarters(splat(builder, [j % 4 for j in range(16)]))
+        elif form.has_lookups and form.bits == 4:
+            codes = slots.looked_up_in(splat(builder, list(range(16))))
         else:
-            for index, run in enumerate(vectors):
-                codes = _codes(slab, words[0], run)
-                for head in range(form.num_heads):
-                    scale = _group_lanes(builder, form, coefficients[head], groups_of[index])
-                    add(head, index, lambda total, s=scale, c=codes: c.times_plus(s, total))
-
-    for (head, index), place in accumulators.items():
-        address = builder.add(sums[head], sums[head].type(4 * vectors[index][0]))
-        value = builder.load(place)
-        builder.store(value, at(builder, address, value.type), align=4)
-
-
-def _load_row_words(builder, given: _Arguments, slab: Slab, row: ir.Value, more: int) -> Lanes:
-    """The slab's words of row `row + more`; past the last row those of `row` again (its factor is 0)."""
-    wanted = builder.add(row, row.type(more))
-    if more:
-        wanted = builder.select(builder.icmp_unsigned("<", wanted, given.num_rows), wanted, row)
-    address = builder.add(given.codes, builder.mul(wanted, given.codes_stride))
-    return load_words(builder, builder.add(address, address.type(2 * slab.first_word)), slab.num_words)
-
-
-def _merge_pairs(row0: Lanes, row1: Lanes) -> Lanes:
-    """Nibbles `code0 + 4 * code1` of two rows of 2-bit words: those of even slots, then those of odd slots."""
-    even = (row0 & _LOW_PAIRS) | ((row1 << 2) & ~_LOW_PAIRS)
-    odd = ((row0 >> 2) & _LOW_PAIRS) | (row1 & ~_LOW_PAIRS)
-    return even.pick(list(range(2 * row0.num_lanes)), odd)
-
-
-def _nibble_indices(slab: Slab, nibbles: Lanes, run: list[int]) -> Lanes:
-    """Lanes whose low four bits select a value's product. What lies above them is not looked at."""
-    if slab.format.bits == 4:
-        lanes, shifts = zip(*((word, 4 * slot) for word, slot in map(slab.source, run)), strict=True)
-    else:
-        lanes, shifts = zip(
-            *((word + slab.num_words * (slot % 2), 4 * (slot // 2)) for word, slot in map(slab.source, run)),
-            strict=True,
-        )
-    return nibbles.pick(list(lanes)) >> list(shifts)
-
-
-def _product_table(builder, form: RowFormat, coefficients: ir.Value, group: int) -> Lanes:
-    first = load_broadcast(builder, coefficients, 4 * group)
-    if form.bits == 4:
-        return first * list(range(16))
-    second = load_broadcast(builder, coefficients, 4 * (form.num_groups + group))
-    return second.times_plus([j // 4 for j in range(16)], first * [j % 4 for j in range(16)])
-
-
-def _codes(slab: Slab, words: Lanes, run: list[int]) -> Lanes:
-    lanes, slots = zip(*map(slab.source, run), strict=True)
-    bits = slab.format.bits
-    return ((words.pick(list(lanes)) >> [bits * slot for slot in slots]) & (2**bits - 1)).as_float()
-
-
-def _group_lanes(builder, form: RowFormat, coefficients: ir.Value, groups: list[int]) -> Lanes:
-    if len(set(groups)) == 1:
-        return load_broadcast(builder, coefficients, 4 * groups[0])
-    return load_floats(builder, coefficients, form.num_groups).pick(groups)
+            codes = (slots & (2**form.bits - 1)).as_float()
+        groups = [value // form.group_size for value in values]
+        for head in range(form.num_heads):
+            if len(set(groups)) == 1:
+                scale = load_broadcast(builder, coefficients[head], 4 * groups[0])
+            else:
+                scale = load_floats(builder, coefficients[head], form.num_groups).pick(groups)
+            _add_to(builder, accumulators[head, index], lambda total, c=codes, s=scale: c.times_plus(s, total))
 
 
 @intrinsic(prefer_literal=True)
 def accumulate_rows(typing, arguments, bits, row_values, group_size, num_heads, has_lookups):
-    """Run the kernel on a tuple of the eleven int64 of `_Arguments`; the rest are literals of `RowFormat`."""
+    """Run the kernel on a tuple of int64, `RowArguments` in order; the rest are literals of `RowFormat`."""
     literals = [bits, row_values, group_size, num_heads, has_lookups]
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None

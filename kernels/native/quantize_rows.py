@@ -9,6 +9,10 @@ This module does not know how rows are shared among threads.
 
 import math
 
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
 from kvlens.kernels.native.vectors import (
     ELEMENT_BYTES,
     FP16,
@@ -21,9 +25,6 @@ from kvlens.kernels.native.vectors import (
     store_floats,
     store_integers,
 )
-from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 
 def _loop(builder, stop: ir.Value, step: int = 1):

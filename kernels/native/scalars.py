@@ -3,6 +3,8 @@
 An address is an int64; the caller answers for what lies there.
 """
 
+import ctypes
+
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -85,8 +87,8 @@ def enter_team(typing, parallel_address, function, data, num_threads):
     return types.void(*[types.int64] * 4), codegen
 
 
-def field_access(structure: type):
-    """Two intrinsics, `field(address, "name")` and `field_address(...)`, for a ctypes structure of int64."""
+def field_access(structure: type[ctypes.Structure]):
+    """Two intrinsics, `field(address, "name")` and `field_address(address, "name")`, for int64 fields."""
 
     def offset_of(name: types.StringLiteral) -> int:
         return getattr(structure, name.literal_value).offset

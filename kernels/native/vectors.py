@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 NUM_LANES = 16
-VECTOR_BYTES = 4 * NUM_LANES
+CACHE_LINE_BYTES = 64
 
 _i16, _i32, _i64, _f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -72,6 +72,9 @@ class Lanes:
 
     def __or__(self, other):
         return self._emit("or_", other)
+
+    def __xor__(self, other):
+        return self._emit("xor", other)
 
     def pick(self, lanes: list[int], other: "Lanes | None" = None) -> "Lanes":
         """The lanes named, in that order; numbers from `num_lanes` on mean `other`."""
@@ -164,14 +167,13 @@ class Lanes:
             result = result.times_plus(rest, term)
         return result * ((whole.as_int() + 127) << 23).bits_as_float()
 
-    def looked_up_in(self, table: "Lanes", *, index_bits: int) -> "Lanes":
-        """table[lane & (2**index_bits - 1)] for every int32 lane, by one AVX-512 permutation.
-
-        `index_bits` 2: the table repeats every four lanes. `index_bits` 4: sixteen entries.
-        """
-        if index_bits == 2:
-            return self._call("llvm.x86.avx512.vpermilvar.ps.512", table.value.type, [table, self])
+    def looked_up_in(self, table: "Lanes") -> "Lanes":
+        """table[lane % 16] for every int32 lane, by one AVX-512 permutation."""
         return self._call("llvm.x86.avx512.permvar.sf.512", table.value.type, [table, self])
+
+    def looked_up_in_quarters(self, table: "Lanes") -> "Lanes":
+        """table[lane % 4] for a table that repeats every four lanes: as above, on more of the ports."""
+        return self._call("llvm.x86.avx512.vpermilvar.ps.512", table.value.type, [table, self])
 
 
 def constant(kind: ir.Type, number) -> ir.Constant:
@@ -186,6 +188,16 @@ def at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0)
     if offset:
         address = builder.add(address, ir.Constant(_i64, offset))
     return builder.inttoptr(address, kind.as_pointer())
+
+
+def prefetch(builder: ir.IRBuilder, address: ir.Value, num_bytes: int) -> None:
+    """Ask for the cache lines of `num_bytes` from `address` on; any address is allowed."""
+    flag = ir.IntType(32)
+    byte_pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, flag, flag, flag])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for offset in range(0, num_bytes, CACHE_LINE_BYTES):
+        builder.call(function, [at(builder, address, ir.IntType(8), offset), flag(0), flag(2), flag(1)])
 
 
 def load_floats(builder: ir.IRBuilder, address: ir.Value, count: int, *, element: int = FP32) -> Lanes:
@@ -219,8 +231,8 @@ def load_broadcast(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) ->
     return broadcast(builder, builder.load(at(builder, address, _f32, offset), align=4))
 
 
-def splat(builder: ir.IRBuilder, number: float) -> Lanes:
-    """A constant in all sixteen lanes."""
+def splat(builder: ir.IRBuilder, number) -> Lanes:
+    """A constant in all sixteen fp32 lanes, or a list of sixteen."""
     return Lanes(builder, constant(ir.VectorType(_f32, NUM_LANES), number))
 
 
@@ -246,9 +258,7 @@ def load_integers(builder: ir.IRBuilder, address: ir.Value, count: int) -> Lanes
     return Lanes(builder, builder.load(at(builder, address, ir.VectorType(_i32, count)), align=4))
 
 
-def store_integers(
-    builder: ir.IRBuilder, lanes: Lanes, address: ir.Value, offset: int = 0, *, bits: int = 32
-) -> None:
+def store_integers(builder: ir.IRBuilder, lanes: Lanes, address: ir.Value, offset: int = 0, *, bits: int = 32) -> None:
     """Write int32 lanes as neighbours at `address + offset`; of 16 bits, their low halves."""
     value = lanes.value
     if bits == 16:

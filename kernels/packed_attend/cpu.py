@@ -15,24 +15,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
 from kvlens.kernels.native import jit, threads
-from kvlens.kernels.native.attend import (
-    ITEMS_PER_THREAD,
-    NUM_COUNTERS,
-    AttendArguments,
-    attend_entry,
-    attend_worker,
-)
+from kvlens.kernels.native.attend import ITEMS_PER_THREAD, attend_entry, attend_worker
+from kvlens.kernels.native.attend_arguments import AttendArguments, Side
 from kvlens.kernels.native.dense_rows import padded, read_rows, score_rows, sum_rows, write_rows
 from kvlens.kernels.native.jit import depends_on
-from kvlens.kernels.native.packed_rows import accumulate_rows
+from kvlens.kernels.native.packed_rows import MAX_HEADS, accumulate_rows
 from kvlens.kernels.native.vectors import BF16, FP16, FP32
 from kvlens.kernels.packed_attend import Attended, ExactTokens, PackedPast, PageLayout
+from kvlens.kernels.quantize_pack import Packed
 
 ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 TILE_TOKENS = 512  # scores of a tile stay in the first-level cache
 MIN_PARALLEL_WORK = 2**18  # score products below which waking a team costs more than it saves
 _CACHE_LINE = 64
+_LOG_2 = math.log(2)
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,11 @@ class _Shape:
     has_lookups: bool
 
     @property
-    def heads_at_once(self) -> int:
-        """Query heads that share the unpacking of a page: as many as leave their sums in registers."""
-        return min(2, self.heads_per_group)
-
-    @property
     def tile_tokens(self) -> int:
         return self.layout.page_tokens * max(1, TILE_TOKENS // self.layout.page_tokens)
 
 
-def packed_attend(
-    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float
-) -> Attended:
+def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
     """See `kvlens.kernels.packed_attend.packed_attend`.
 
     Raises: ValueError for an element type that the kernels do not read.
@@ -105,11 +96,13 @@ def _element(tensor: torch.Tensor) -> int:
 
 def packed_rows_kernel(bits, row_values, group_size, num_heads, has_lookups, source):
     def accumulate(
-        codes, codes_stride, scale, minimum, factors, factors_stride, num_rows, sums, sums_stride, scratch, scratch_stride
+        codes, codes_stride, scale, minimum, next_codes, next_scale, next_minimum,
+        factors, factors_stride, num_rows, sums, sums_stride, scratch, scratch_stride,
     ):  # fmt: skip
         depends_on(source)
         accumulate_rows(
-            (codes, codes_stride, scale, minimum, factors, factors_stride, num_rows, sums, sums_stride, scratch, scratch_stride),
+            (codes, codes_stride, scale, minimum, next_codes, next_scale, next_minimum,
+             factors, factors_stride, num_rows, sums, sums_stride, scratch, scratch_stride),
             bits, row_values, group_size, num_heads, has_lookups,
         )  # fmt: skip
 
@@ -133,42 +126,56 @@ def write_kernel(element, head_dim, source):
 
 
 def score_kernel(element, head_dim, num_heads, source):
-    def score(rows, rows_stride, count, queries, scores, scores_stride):
+    def score(rows, rows_stride, count, queries, queries_stride, scores, scores_stride):
         depends_on(source)
-        score_rows((rows, rows_stride, count, queries, scores, scores_stride), element, head_dim, num_heads)
+        arguments = (rows, rows_stride, count, queries, queries_stride, scores, scores_stride)
+        score_rows(arguments, element, head_dim, num_heads)
 
     return score
 
 
 def sum_kernel(element, head_dim, num_heads, source):
-    def sum_up(rows, rows_stride, count, factors, factors_stride, sums):
+    def sum_up(rows, rows_stride, count, factors, factors_stride, sums, sums_stride):
         depends_on(source)
-        sum_rows((rows, rows_stride, count, factors, factors_stride, sums), element, head_dim, num_heads)
+        arguments = (rows, rows_stride, count, factors, factors_stride, sums, sums_stride)
+        sum_rows(arguments, element, head_dim, num_heads)
 
     return sum_up
 
 
+@dataclass(frozen=True)
+class _Kernels:
+    """Addresses by field: of `AttendArguments`, and of its two sides."""
+
+    common: dict[str, int]
+    keys: dict[str, int]
+    values: dict[str, int]
+
+
 @lru_cache(maxsize=256)
-def _kernels(shape: _Shape) -> dict[str, int]:
-    """The address of every kernel, by its field in `AttendArguments`."""
-    layout, dim, many, lookups = shape.layout, shape.head_dim, shape.heads_at_once, int(shape.has_lookups)
-    keys = (layout.key_bits, layout.page_tokens, layout.key_group_size)
-    values = (layout.value_bits, dim, layout.value_group_size)
-    query, exact = shape.query_element, shape.exact_element
-    chosen = {
-        "worker": (attend_worker,),
-        "read_query": (read_kernel, query, dim),
-        "write_output": (write_kernel, query, dim),
-        "score_packed_one": (packed_rows_kernel, *keys, 1, lookups),
-        "score_packed_many": (packed_rows_kernel, *keys, many, lookups),
-        "sum_packed_one": (packed_rows_kernel, *values, 1, lookups),
-        "sum_packed_many": (packed_rows_kernel, *values, many, lookups),
-        "score_exact_one": (score_kernel, exact, dim, 1),
-        "score_exact_many": (score_kernel, exact, dim, many),
-        "sum_exact_one": (sum_kernel, exact, dim, 1),
-        "sum_exact_many": (sum_kernel, exact, dim, many),
-    }
-    return {field: jit.kernel(*kernel).address for field, kernel in chosen.items()}
+def _kernels(shape: _Shape) -> _Kernels:
+    layout, dim = shape.layout, shape.head_dim
+    return _Kernels(
+        common={
+            "worker": jit.kernel(attend_worker).address,
+            "read_query": jit.kernel(read_kernel, shape.query_element, dim).address,
+            "write_output": jit.kernel(write_kernel, shape.query_element, dim).address,
+        },
+        keys=_side_kernels(shape, score_kernel, (layout.key_bits, layout.page_tokens, layout.key_group_size)),
+        values=_side_kernels(shape, sum_kernel, (layout.value_bits, dim, layout.value_group_size)),
+    )
+
+
+def _side_kernels(shape: _Shape, exact_kernel, rows: tuple[int, int, int]) -> dict[str, int]:
+    """Kernels for one, two and four heads, as far as the heads of a group are made up of these."""
+    chosen = {}
+    for count in (1, 2, 4):
+        if count == 4 <= shape.heads_per_group or count & shape.heads_per_group & 3:
+            packed = jit.kernel(packed_rows_kernel, *rows, count, int(shape.has_lookups))
+            exact = jit.kernel(exact_kernel, shape.exact_element, shape.head_dim, count)
+            chosen[f"packed_by_{count}"] = packed.address
+            chosen[f"exact_by_{count}"] = exact.address
+    return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -193,14 +200,15 @@ class _Call:
     """The argument block of one shape, with everything that stays the same from call to call filled in."""
 
     def __init__(self, shape: _Shape, batch: int, num_kv_heads: int, num_threads: int):
+        kernels = _kernels(shape)
         self._enter = ctypes.CFUNCTYPE(None, ctypes.c_int64)(jit.kernel(attend_entry).address)
-        self._shape = shape
         self._arguments = arguments = AttendArguments(
-            **_kernels(shape),
+            **kernels.common,
+            keys=Side(**kernels.keys),
+            values=Side(**kernels.values),
             parallel_address=threads.parallel_address(),
             num_threads=num_threads,
             min_parallel_work=MIN_PARALLEL_WORK,
-            heads_at_once=shape.heads_at_once,
             batch=batch,
             num_kv_heads=num_kv_heads,
             heads_per_group=shape.heads_per_group,
@@ -211,103 +219,98 @@ class _Call:
             num_sinks=shape.num_sinks,
         )
         self._address = ctypes.addressof(arguments)
-        self._lay_out_workspace(shape, batch * num_kv_heads, batch, num_threads)
+        self._lay_out_workspace(shape, batch, num_kv_heads)
 
-    def _lay_out_workspace(self, shape: _Shape, num_groups: int, batch: int, num_threads: int) -> None:
+    def _lay_out_workspace(self, shape: _Shape, batch: int, num_kv_heads: int) -> None:
         arguments, layout, heads = self._arguments, shape.layout, shape.heads_per_group
-        max_items = num_groups + ITEMS_PER_THREAD * num_threads
-        rows_and_groups = (
-            (shape.head_dim, layout.page_tokens // layout.key_group_size),
-            (layout.page_tokens, shape.head_dim // layout.value_group_size),
-        )
+        max_items = batch * num_kv_heads + ITEMS_PER_THREAD * arguments.num_threads
+        key_factors = (shape.head_dim + 1) * (layout.page_tokens // layout.key_group_size)
+        value_factors = (layout.page_tokens + 1) * (shape.head_dim // layout.value_group_size)
         # One line more than whole vectors: heads whose scores lay 4 KiB apart would evict each other.
         arguments.scores_bytes = _lines(4 * (shape.num_sinks + shape.tile_tokens + 32)) + _CACHE_LINE
-        arguments.factors_bytes = _lines(max(4 * (rows + 1) * groups for rows, groups in rows_and_groups))
+        arguments.factors_bytes = _lines(4 * max(key_factors, value_factors)) + _CACHE_LINE
         arguments.partial_bytes = _lines(2 * 4 * heads) + heads * arguments.row_bytes
         arguments.scratch_bytes = (
-            heads * (arguments.row_bytes + arguments.scores_bytes)
-            + shape.heads_at_once * arguments.factors_bytes
+            heads * (arguments.row_bytes + arguments.scores_bytes) + MAX_HEADS * arguments.factors_bytes
         )
         parts = {
-            "counters": 8 * NUM_COUNTERS,
             "first_items": 8 * (batch + 1),
-            "num_finished": 8 * num_groups,
+            "num_finished": 8 * batch * num_kv_heads,
             "partials": max_items * arguments.partial_bytes,
-            "scratch": num_threads * arguments.scratch_bytes,
+            "scratch": arguments.num_threads * arguments.scratch_bytes,
         }
-        self._workspace = torch.empty(
-            sum(map(_lines, parts.values())) + _CACHE_LINE, dtype=torch.uint8
-        )
+        self._workspace = torch.empty(sum(map(_lines, parts.values())) + _CACHE_LINE, dtype=torch.uint8)
         address = _lines(self._workspace.data_ptr())
         for field, size in parts.items():
             setattr(arguments, field, address)
             address += _lines(size)
 
     def run(self, query, past: PackedPast, exact: ExactTokens, output, log_sum_exp, scaling: float) -> None:
-        """Fill in the tensors and enter the kernel. Copies are kept alive until it returns."""
-        block = self._arguments
-        query = _with_contiguous_rows(query)
-        size = query.element_size()
-        block.query = query.data_ptr()
-        block.query_batch_stride, block.query_head_stride, _ = (size * stride for stride in query.stride())
-        block.output, block.log_sum_exp = output.data_ptr(), log_sum_exp.data_ptr()
-        block.output_batch_stride, block.output_head_stride, _ = (size * stride for stride in output.stride())
-        block.query_factor = scaling / math.log(2)
+        """Fill in where the tensors lie and enter the kernel."""
+        arguments, size = self._arguments, query.element_size()
+        query, (batch, head, _) = _with_strides(query)
+        arguments.query = query.data_ptr()
+        arguments.query_batch_stride, arguments.query_head_stride = size * batch, size * head
+        batch, head, _ = output.stride()
+        arguments.output, arguments.log_sum_exp = output.data_ptr(), log_sum_exp.data_ptr()
+        arguments.output_batch_stride, arguments.output_head_stride = size * batch, size * head
+        arguments.query_factor = scaling / _LOG_2
 
-        table = _with_contiguous_rows(past.page_table.to(torch.int32))
-        counts = [each.to(torch.int32).contiguous() for each in (past.num_keys, past.num_values, exact.length)]
-        block.page_table, block.page_table_stride = table.data_ptr(), 4 * table.stride(0)
-        block.num_keys, block.num_values, block.length = (each.data_ptr() for each in counts)
-
-        key_parts = self._place_packed("key", past.keys)
-        value_parts = self._place_packed("value", past.values)
+        table, (row, _) = _with_strides(_as(torch.int32, past.page_table))
+        length = _as(torch.int32, exact.length).contiguous()
+        arguments.page_table, arguments.page_table_stride = table.data_ptr(), 4 * row
+        arguments.length = length.data_ptr()
         dtype = exact.keys.dtype
-        rings = [self._place_exact("ring_keys", exact.keys, dtype), self._place_exact("ring_values", exact.values, dtype)]
-        block.key_ring_slots, block.value_ring_slots = exact.keys.shape[2], exact.values.shape[2]
-        if self._shape.num_sinks:
-            rings.append(self._place_exact("sink_keys", exact.sink_keys, dtype))
-            rings.append(self._place_exact("sink_values", exact.sink_values, dtype))
+        # Whatever had to be copied must live until the kernel returns.
+        copies = (
+            _place_packed(arguments.keys, past.keys, past.num_keys),
+            _place_packed(arguments.values, past.values, past.num_values),
+            _place_exact(arguments.keys, dtype, exact.keys, exact.sink_keys),
+            _place_exact(arguments.values, dtype, exact.values, exact.sink_values),
+        )
         self._enter(self._address)
-        del key_parts, value_parts, rings, table, counts
+        del copies
 
-    def _place_packed(self, side: str, packed) -> tuple[torch.Tensor, ...]:
-        block = self._arguments
-        codes = _with_contiguous_rows(packed.codes)
-        scale, minimum = _with_contiguous_heads(packed.scale), _with_contiguous_heads(packed.minimum)
-        if scale.stride() != minimum.stride():
-            scale, minimum = scale.contiguous(), minimum.contiguous()
-        page, head, row, _ = codes.stride()
-        setattr(block, f"{side}_codes", codes.data_ptr())
-        setattr(block, f"{side}_codes_page_stride", 2 * page)
-        setattr(block, f"{side}_codes_head_stride", 2 * head)
-        setattr(block, f"{side}_codes_row_stride", 2 * row)
-        setattr(block, f"{side}_scale", scale.data_ptr())
-        setattr(block, f"{side}_minimum", minimum.data_ptr())
-        setattr(block, f"{side}_scale_page_stride", 2 * scale.stride(0))
-        setattr(block, f"{side}_scale_head_stride", 2 * scale.stride(1))
-        return codes, scale, minimum
 
-    def _place_exact(self, name: str, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        tokens = _with_contiguous_rows(tokens.to(dtype))
-        batch, head, row, _ = tokens.stride()
-        size = tokens.element_size()
-        setattr(self._arguments, name, tokens.data_ptr())
-        setattr(self._arguments, f"{name}_batch_stride", size * batch)
-        setattr(self._arguments, f"{name}_head_stride", size * head)
-        setattr(self._arguments, f"{name}_row_stride", size * row)
-        return tokens
+def _place_packed(side: Side, packed: Packed, num_packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    num_packed = _as(torch.int32, num_packed).contiguous()
+    codes, (page, head, row, _) = _with_strides(packed.codes)
+    side.codes_page_stride, side.codes_head_stride, side.codes_row_stride = 2 * page, 2 * head, 2 * row
+    scale, minimum = packed.scale, packed.minimum
+    page, head, row, group = scale.stride()
+    if (row, group) != (scale.shape[3], 1) or minimum.stride() != (page, head, row, group):
+        scale, minimum = scale.contiguous(), minimum.contiguous()
+        page, head, _, _ = scale.stride()
+    side.scale_page_stride, side.scale_head_stride = 2 * page, 2 * head
+    side.codes, side.scale, side.minimum = codes.data_ptr(), scale.data_ptr(), minimum.data_ptr()
+    side.num_packed = num_packed.data_ptr()
+    return codes, scale, minimum, num_packed
+
+
+def _place_exact(side: Side, dtype: torch.dtype, ring: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    size = dtype.itemsize
+    ring, (batch, head, row, _) = _with_strides(_as(dtype, ring))
+    side.ring, side.ring_slots = ring.data_ptr(), ring.shape[2]
+    side.ring_batch_stride, side.ring_head_stride, side.ring_row_stride = size * batch, size * head, size * row
+    sinks, (batch, head, row, _) = _with_strides(_as(dtype, sinks))
+    side.sinks = sinks.data_ptr()
+    side.sinks_batch_stride, side.sinks_head_stride, side.sinks_row_stride = size * batch, size * head, size * row
+    return ring, sinks
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _with_strides(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The tensor, copied if its rows have gaps, and its strides."""
+    strides = tensor.stride()
+    if strides[-1] != 1:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    return tensor, strides
 
 
 def _lines(num_bytes: int) -> int:
     """Rounded up to whole cache lines."""
     return -(-num_bytes // _CACHE_LINE) * _CACHE_LINE
-
-
-def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _with_contiguous_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows without gaps: `[pages, HK, rows, groups]` whose last two axes are one block."""
-    is_block = tensor.stride(-1) == 1 and tensor.stride(-2) == tensor.shape[-1]
-    return tensor if is_block else tensor.contiguous()

@@ -10,6 +10,7 @@ This module does not know which implementation is tested.
 from dataclasses import dataclass, replace
 
 import torch
+
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.quantize_pack import Packed
 from kvlens.kernels.quantize_pack.reference import pack, quantize_pack, unpack
@@ -220,9 +221,7 @@ def build_attend(case: AttendCase, *, device: str = "cpu", seed: int = 0) -> Att
     sinks = torch.tensor([min(num_sinks, length) for length in case.lengths])
     starts_keys = sinks + torch.tensor(case.num_keys)
     starts_values = sinks + torch.tensor(case.num_values)
-    layout = PageLayout(
-        page_tokens, case.key_bits, case.value_bits, case.key_group_size, case.value_group_size
-    )
+    layout = PageLayout(page_tokens, case.key_bits, case.value_bits, case.key_group_size, case.value_group_size)
     query = torch.randn(batch, case.num_query_heads, case.head_dim, generator=generator).to(case.dtype)
     return AttendInputs(
         query=_stored(query, case.strides, device),
@@ -276,9 +275,9 @@ def _stored(tensor: torch.Tensor, strides: str, device: str) -> torch.Tensor:
 
 def _poisoned_pool(num_pages: int, num_heads: int, num_rows: int, row: int, bits: int, group: int, generator):
     """Codes, scale and minimum of a pool of pages that nobody has written yet."""
-    codes = torch.randint(
-        -(2**15), 2**15, (num_pages, num_heads, num_rows, row * bits // 16), generator=generator
-    ).to(torch.int16)
+    codes = torch.randint(-(2**15), 2**15, (num_pages, num_heads, num_rows, row * bits // 16), generator=generator).to(
+        torch.int16
+    )
     scale = torch.full((num_pages, num_heads, num_rows, row // group), torch.nan, dtype=torch.float16)
     return codes, scale, scale.clone()
 

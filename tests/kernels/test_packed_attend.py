@@ -13,13 +13,12 @@ from cases import (
     build_attend,
 )
 from hypothesis import HealthCheck, given, settings
+
 from kvlens.kernels import packed_attend as operation
 from kvlens.kernels.native import threads
 from kvlens.kernels.packed_attend import reference
 
-BOUNDED = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+BOUNDED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(packed_attend, inputs):
@@ -44,9 +43,7 @@ def test_agrees_with_the_reference(case, implementation):
 def drawn_cases(draw) -> AttendCase:
     num_sinks = draw(st.integers(0, 6))
     lengths = draw(st.lists(st.integers(0, 500), min_size=1, max_size=3))
-    packed = [
-        [draw(st.integers(0, max(0, length - num_sinks))) for length in lengths] for _ in ("keys", "values")
-    ]
+    packed = [[draw(st.integers(0, max(0, length - num_sinks))) for length in lengths] for _ in ("keys", "values")]
     num_kv_heads = draw(st.integers(1, 3))
     return AttendCase(
         name="drawn",
