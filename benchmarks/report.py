@@ -1,0 +1,56 @@
+"""How every benchmark says what it found: a table for people, a CSV with its conditions for programs."""
+
+import csv
+import datetime
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import kvlens
+from kvlens.engine.measure import device_name
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What a figure depends on besides the code: date, device, versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "device": device_name(torch.device(device)),
+        "kvlens": kvlens.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show(rows: Sequence[object]) -> None:
+    """Print dataclass rows as a table; floats with three digits that matter."""
+    cells = [[*asdict(rows[0])], *([_text(value) for value in asdict(row).values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print()
+
+
+def save(name: str, rows: Sequence[object], device: torch.device | str = "cpu") -> Path:
+    """Write rows with their conditions to `results/<name>.csv`; gives the path."""
+    if not rows or not is_dataclass(rows[0]):
+        raise ValueError(f"rows must be dataclasses, at least one; got {rows!r}")
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    given = conditions(device)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), *given])
+        writer.writeheader()
+        writer.writerows(asdict(row) | given for row in rows)
+    print(f"saved {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}\n")
+    return path
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}"
