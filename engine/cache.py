@@ -142,6 +142,11 @@ class KVCache(transformers.Cache, ABC):
         tile = self.rebuild(layer, row, 0, self.lengths[layer][row])
         return CacheView(tile.keys[head].float().cpu().numpy(), tile.values[head].float().cpu().numpy())
 
+    @property
+    def attention_path(self) -> str:
+        """What computes a step's attention, in words for the screen."""
+        return "rebuilt tile by tile (no kernel yet)"
+
     # ------------------------------------------------------------------ the life of a sequence
 
     def attend(

@@ -21,6 +21,7 @@ from kvlens.engine.model import LoadedModel
 from kvlens.engine.sampling import Sampling
 from kvlens.engine.trace import RunLog
 from kvlens.engine.warm_up import warm_up
+from kvlens.kernels import dispatch
 
 Messages = Sequence[dict[str, str]]
 
@@ -184,6 +185,10 @@ class Comparison:
                 max_context=model.max_context,
                 lanes=[],
                 machine=machine_memory(model.device),
+                notices=[
+                    f"{operation} runs on its plain reference: {reason}"
+                    for operation, reason in dispatch.fallbacks().items()
+                ],
             )
         record.lanes = [lane.log for lane in self._lanes.values()]
         return record

@@ -121,7 +121,7 @@ class Lane:
         footprint = self._cache.footprint()
         self.log.reserved_bytes = footprint.reserved_bytes
         self.log.probe_bytes = footprint.probe_bytes
-        self.log.attention_path = getattr(self._cache, "attention_path", "")
+        self.log.attention_path = self._cache.attention_path
         if self._cache.lengths[0][0]:
             self.log.errors = self._probe.snapshot(self._cache)
 

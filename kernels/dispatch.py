@@ -55,6 +55,12 @@ def _load(operation: str, name: str) -> ModuleType:
         return importlib.import_module(f"{package}.reference")
 
 
+def describe(operation: str, device: torch.device) -> str:
+    """What computes `operation` on `device`, in words for the screen."""
+    name = implementation(operation, device).__name__.rsplit(".", 1)[-1]
+    return {"triton": "Triton kernel", "cpu": "native CPU kernel"}.get(name, "plain reference (slow)")
+
+
 def note_fallback(operation: str, reason: str) -> None:
     """Record, and log once, that `operation` runs on its reference because of `reason`."""
     if _fallbacks.get(operation) != reason:

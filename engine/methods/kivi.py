@@ -25,6 +25,7 @@ from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
 from kvlens.engine.storage import ExactWindow, PagePool, PageTable, Ring
+from kvlens.kernels import dispatch
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.quantize_pack import Packed, check_layout, dequantize, quantize_pack, unpack
 
@@ -326,6 +327,10 @@ class KiviCache(KVCache):
             key_codes=key_codes.transpose(1, 2).flatten(0, 1)[:num_keys].to(torch.uint8).cpu().numpy(),
             value_codes=value_codes.flatten(0, 1)[:num_values].to(torch.uint8).cpu().numpy(),
         )
+
+    @property
+    def attention_path(self) -> str:
+        return f"{dispatch.describe('packed_attend', self.device)} on packed codes"
 
     # ------------------------------------------------------------------ bytes
 
