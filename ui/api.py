@@ -108,7 +108,7 @@ def compare_with(hub: ModelHub):
             )  # fmt: skip
             messages = [{"role": "system", "content": sampling.system_prompt}] if sampling.system_prompt else []
             messages.append({"role": "user", "content": prompt})
-            comparison, pace, log = Comparison(model), Pace(UPDATE_SECONDS), None
+            comparison, pace, log = Comparison(model, budget=hub.budget), Pace(UPDATE_SECONDS), None
             for log in comparison.run(messages, _lanes(lanes), options_for(sampling, 0), threading.Event()):
                 if pace.is_due():
                     yield describe_run(log)

@@ -138,7 +138,10 @@ class ChatHandlers:
         elif self.hub.model is None:
             yield runner.Update(payload=self._state("done", self.hub.problem), prompt=ticket.prompt)
         else:
-            yield from runner.run(session, ticket, self.hub.model)
+            budget = self.hub.budget
+            if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
+                self.store.free_others(session)
+            yield from runner.run(session, ticket, self.hub.model, budget)
 
     def _check_prompt(self, prompt: str) -> None:
         if not prompt or not prompt.strip():

@@ -26,7 +26,7 @@ def build(handlers: ChatHandlers, *, address: str) -> gr.Blocks:
     with gr.Blocks(title=text.TITLE, analytics_enabled=False, fill_width=True) as demo:
         header = chat.mounted("kv-header", HEADER_EVENTS, handlers.header(), elem_id="kv-header")
         with gr.Tabs(elem_id="kv-tabs"):
-            with gr.Tab(text.TAB_CHAT, id="chat"):
+            with gr.Tab(text.TAB_CHAT, id="chat", elem_id="kv-tab-chat"):
                 elements = chat.draw(handlers, read_examples())
                 chat.wire(elements, header, handlers, demo)
             with gr.Tab(text.TAB_ABOUT, id="about"):

@@ -6,9 +6,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
+from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError
+from kvlens.engine.measure import machine_memory
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.ui import text
+
+DEVICE_SHARE = 0.7
+MACHINE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,15 @@ class ModelRequest:
     device: str = "auto"
     dtype: str = "auto"
     max_context: int | None = None
+    budget_bytes: int | None = None
+
+
+def budget_bytes(model: LoadedModel) -> int:
+    """What all caches together may take if nobody says: a share of what the device or the machine has."""
+    total = machine_memory(model.device).device_total_bytes
+    if total is not None:
+        return int(DEVICE_SHARE * max(0, total - model.weight_bytes))
+    return int(MACHINE_SHARE * psutil.virtual_memory().total)
 
 
 def parse_offer(offer: str | None) -> list[str] | None:
@@ -43,6 +59,7 @@ class ModelHub:
     progress: str = ""
     problem: str = ""
     is_loading: bool = False
+    budget: MemoryBudget | None = None
     version: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -74,7 +91,8 @@ class ModelHub:
             reason = text.MODEL_FAILED.format(reason=f"{type(error).__name__}: {error}")
             self._tell(progress="", problem=reason, is_loading=False)
             raise EngineError(reason) from error
-        self._tell(model=model, progress="", problem="", is_loading=False)
+        limit = self.request.budget_bytes or budget_bytes(model)
+        self._tell(model=model, budget=MemoryBudget(limit), progress="", problem="", is_loading=False)
         return model
 
     def _tell(self, **changes: Any) -> None:

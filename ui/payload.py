@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.trace import LaneLog, RunLog
 from kvlens.ui import text
 from kvlens.ui.heat import View, errors_payload
@@ -39,6 +40,7 @@ class Scene:
     notice: str = ""
     projection: Sequence[tuple[int, Mapping[str, int]]] = ()
     is_cpu: bool = False
+    budget: MemoryBudget | None = None
 
 
 def encode(values, dtype: str) -> dict:
@@ -164,6 +166,12 @@ def context_use(log: RunLog) -> dict:
     return {"used": used, "limit": log.max_context}
 
 
+def budget_use(budget: MemoryBudget | None) -> dict | None:
+    if budget is None or budget.limit_bytes is None:
+        return None
+    return {"used": budget.used_bytes, "limit": budget.limit_bytes}
+
+
 def notices(log: RunLog, scene: Scene) -> list[str]:
     found = [scene.notice] if scene.notice else []
     found += log.notices
@@ -197,6 +205,7 @@ def build(log: RunLog | None, scene: Scene) -> str:
         "lanes": [lane_payload(log, lane, scene.state) for lane in log.lanes],
         "projection": [[tokens, dict(sizes)] for tokens, sizes in scene.projection],
         "sentence": memory_sentence(log),
+        "budget": budget_use(scene.budget),
         "errors": errors_payload(log, scene.view, encode),
         "notices": notices(log, scene),
     }

@@ -6,10 +6,10 @@ The engine works between our updates, never beside them: a step's clock does not
 import datetime
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
+from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.compare import Comparison, LaneSpec, RunOptions
 from kvlens.engine.errors import EngineError
 from kvlens.engine.model import LoadedModel
@@ -50,11 +50,11 @@ class Pace:
         return True
 
 
-def comparison_of(session: Session, model: LoadedModel, make: Callable[[LoadedModel], Any] = Comparison):
+def comparison_of(session: Session, model: LoadedModel, budget: MemoryBudget | None) -> Comparison:
     """The visitor's lanes with their caches of earlier turns; new ones for a new model."""
-    if session.comparison is None or session.comparison_model is not model:
+    if session.comparison is None or session.comparison.model is not model:
         session.free()
-        session.comparison, session.comparison_model = make(model), model
+        session.comparison = Comparison(model, budget=budget)
     return session.comparison
 
 
@@ -78,18 +78,19 @@ def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def run(session: Session, ticket: Ticket, model: LoadedModel) -> Iterator[Update]:
+def run(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudget | None = None) -> Iterator[Update]:
     """Answer a ticket's prompt in all lanes. Expected faults end it with a sentence on the page."""
     scene = Scene(
         state="reading",
         projection=controls.project(model.shape, ticket.lanes),
         is_cpu=model.device.type == "cpu",
+        budget=budget,
     )
     recorder, log = Recorder(), None
     try:
         yield Update(payload=build(None, scene))
         text_pace, panel_pace = Pace(TEXT_SECONDS), Pace(PANEL_SECONDS)
-        for log in _steps(session, ticket, model):
+        for log in _steps(session, ticket, model, budget):
             recorder.see(log)
             if text_pace.is_due():
                 yield _progress(session, ticket, log, scene, panel_pace.is_due())
@@ -112,13 +113,13 @@ def run(session: Session, ticket: Ticket, model: LoadedModel) -> Iterator[Update
     )
 
 
-def _steps(session: Session, ticket: Ticket, model: LoadedModel) -> Iterator[RunLog]:
+def _steps(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudget | None) -> Iterator[RunLog]:
     lanes = [LaneSpec(lane_id, choice.method, choice.config) for lane_id, choice in ticket.lanes.items()]
     messages = {
         lane_id: session.messages(lane_id, ticket.sampling.system_prompt, ticket.prompt) for lane_id in ticket.lanes
     }
     options = options_for(ticket.sampling, probed_layer(session, model))
-    steps = comparison_of(session, model).run(messages, lanes, options, ticket.stop)
+    steps = comparison_of(session, model, budget).run(messages, lanes, options, ticket.stop)
     try:
         yield from steps
     finally:

@@ -9,8 +9,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+from kvlens.engine.compare import Comparison
 from kvlens.ui.address import Sampling
 from kvlens.ui.controls import LaneChoice
 from kvlens.ui.heat import View
@@ -48,8 +48,7 @@ class Session:
     view: View = field(default_factory=View)
     recording: Recording | None = None
     is_own_run: bool = False
-    comparison: Any = None
-    comparison_model: Any = None
+    comparison: Comparison | None = None
     last_seen: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
@@ -58,7 +57,7 @@ class Session:
 
     def free(self) -> None:
         """Give the caches back; the texts stay."""
-        comparison, self.comparison, self.comparison_model = self.comparison, None, None
+        comparison, self.comparison = self.comparison, None
         if comparison is not None:
             comparison.free()
 
@@ -126,6 +125,12 @@ class SessionStore:
 
     def is_known(self, key: str, session: Session) -> bool:
         return self._sessions.get(key) is session
+
+    def free_others(self, kept: Session) -> None:
+        """The budget runs short: idle visitors give their caches back and read their texts again later."""
+        for session in self.all():
+            if session is not kept and session.ticket is None:
+                session.free()
 
     def free_all(self) -> None:
         """Another model comes: every conversation starts anew."""

@@ -2,7 +2,7 @@
 "use strict";
 
 KVLens.plots = (() => {
-  const config = { displayModeBar: false, responsive: true, doubleClick: "reset", scrollZoom: false };
+  const config = { displayModeBar: false, responsive: false, doubleClick: "reset", scrollZoom: false };
 
   const whenReady = new Promise((resolve) => {
     const check = () => (window.Plotly ? resolve(window.Plotly) : setTimeout(check, 15));
@@ -36,8 +36,17 @@ KVLens.plots = (() => {
     };
   }
 
+  // A box that changes its size without the window (another row of buttons above it) takes its plot along.
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (target.isConnected && target.offsetHeight > 0 && target.data) Plotly.Plots.resize(target);
+  });
+
   function draw(node, traces, plotLayout) {
-    if (window.Plotly) return Plotly.react(node, traces, plotLayout, config);
+    if (window.Plotly) {
+      const drawn = Plotly.react(node, traces, plotLayout, config);
+      sizes.observe(node);
+      return drawn;
+    }
     return whenReady.then(() => KVLens.feed.redraw());
   }
 

@@ -59,7 +59,8 @@ KVLens.errorPanel = (root, select) => {
     const mean = entry.means[view.kind === "keys" ? 0 : 1];
     title.replaceChildren(
       make("b", { text: lane.name, style: { color: colours.method(lane.method) } }),
-      make("span", { text: `${words[`${view.kind}_title`]}, ${KVLens.fill(words.mean, { error: units.percent(mean) })}` }));
+      make("span", { text: `${words[`${view.kind}_title`]}, ${KVLens.fill(words.mean, { error: units.percent(mean) })}` }),
+      make("span", { text: entry.column_tokens > 1 ? KVLens.fill(words.pooled, { n: entry.column_tokens }) : "" }));
     const grid = KVLens.decodeCells(entry.cells, payload.errors.top);
     const isHead = view.figure === "heads";
     const rowName = view.figure === "channels" ? words.channel : words.layer.toLowerCase();
@@ -88,7 +89,8 @@ KVLens.errorPanel = (root, select) => {
     fillSelect(layer, errors.num_layers || 0, view.layer);
     fillSelect(head, errors.num_heads || 0, view.head);
     const shown = errors.lanes.filter((entry) => entry.cells);
-    const isBlank = shown.length === 0 || shown.every((entry) => entry.means.every((mean) => mean === null) && view.quantity !== "magnitude");
+    const isBlank = shown.length === 0 || shown.every((entry) => entry.means.every((mean) => mean === null)
+      && !(view.figure === "channels" && view.quantity === "magnitude"));
     empty.classList.toggle("kv-hidden", !isBlank);
     plots.classList.toggle("kv-hidden", isBlank);
     setText(empty.firstChild, errors.lanes.length && shown.length === 0 ? words.no_probe : words.none);
@@ -102,7 +104,6 @@ KVLens.errorPanel = (root, select) => {
     if (view.figure === "channels" && errors.probed_layer !== null && view.layer !== errors.probed_layer) {
       hints.push(KVLens.fill(words.layer_next, { n: view.layer }));
     } else if (view.figure === "channels") hints.push(view.kind === "keys" ? words.outliers : words.value_note);
-    if (shown.some((entry) => entry.column_tokens > 1)) hints.push(KVLens.fill(words.pooled, { n: shown[0].column_tokens }));
     setText(note, hints.join(" · "));
   };
 };

@@ -112,7 +112,7 @@ KVLens.lane = (component, laneId) => {
     const number = make("b", { text: "–" });
     const unit = make("span");
     const detail = make("small", { text: " " });
-    return { number, unit, detail, root: make("div", { class: `kv-figure kv-figure-${name}` }, make("div", {}, number, unit), detail) };
+    return { number, unit, detail, root: make("div", { class: `kv-figure kv-figure-${name}`, title: words[`${name}_help`] }, make("div", {}, number, unit), detail) };
   };
   const [speed, bytes, bits] = ["speed", "bytes", "bits"].map(figure);
   const status = make("div", { class: "kv-lane-status" });

@@ -40,10 +40,23 @@ KVLens.header = (component) => {
   model.list.append(make("h4", { text: words.change_model }), make("div", { class: "kv-row" }, field, button), offered, progress);
   function load(chosen) { component.trigger("model", { name: chosen ?? field.value }); }
 
-  const context = make("div", { class: "kv-context" });
-  const fill = make("i");
-  const used = make("span");
-  context.append(make("span", { text: words.context_label }), make("div", { class: "kv-bar" }, fill), used);
+  // A labelled bar: how much of something is used.
+  function gauge(label, extra = {}) {
+    const fill = make("i");
+    const figures = make("span");
+    const box = make("div", { class: "kv-gauge", ...extra }, make("span", { text: label }), make("div", { class: "kv-bar" }, fill), figures);
+    return {
+      box,
+      set(share, text) {
+        fill.style.transform = `scaleX(${Math.min(1, share)})`;
+        box.classList.toggle("kv-is-filling", share > 0.85);
+        setText(figures, text);
+      },
+    };
+  }
+  const context = gauge(words.context_label);
+  const budget = gauge(words.budget_label, { title: words.budget_help });
+  budget.box.hidden = true;
 
   // --- menus on the right -------------------------------------------------------------------------
   const recorded = menu(words.recorded);
@@ -64,7 +77,7 @@ KVLens.header = (component) => {
   root.append(
     make("div", { class: "kv-header-row" },
       make("div", { class: "kv-word", "aria-label": KVLens.text.title, title: KVLens.text.tagline }, "KV", make("em", { text: "Lens" })),
-      model.box, context, make("div", { class: "kv-header-tools" }, recorded.box, link, output.box, theme, help.box)),
+      model.box, context.box, budget.box, make("div", { class: "kv-header-tools" }, recorded.box, link, output.box, theme, help.box)),
   );
 
   function copyLink() {
@@ -103,10 +116,15 @@ KVLens.header = (component) => {
   }
   function drawContext(payload) {
     const limit = payload?.context?.limit || state.max_context;
-    const share = limit ? (payload?.context?.used || 0) / limit : 0;
-    fill.style.transform = `scaleX(${Math.min(1, share)})`;
-    context.classList.toggle("kv-is-filling", share > 0.85);
-    setText(used, limit ? KVLens.fill(words.context_used, { used: units.count(payload?.context?.used || 0), limit: units.count(limit) }) : "");
+    const used = payload?.context?.used || 0;
+    context.set(limit ? used / limit : 0,
+      limit ? KVLens.fill(words.context_used, { used: units.count(used), limit: units.count(limit) }) : "");
+    const caches = payload?.budget;
+    budget.box.hidden = !caches;
+    if (caches) {
+      budget.set(caches.used / caches.limit,
+        KVLens.fill(words.budget_used, { used: units.bytes(caches.used), limit: units.bytes(caches.limit) }));
+    }
   }
   KVLens.follow(component, draw);
   KVLens.feed.listen(drawContext);

@@ -10,7 +10,21 @@ KVLens.panels = (component) => {
     KVLens.speedPanel(panel("speed")),
   ];
   const off = new URLSearchParams(location.search).has("panels_off");
-  KVLens.feed.listen((payload) => { if (!off) for (const listener of listeners) listener(payload); });
+  // One panel a frame: three drawings in one frame would make it a long one.
+  let [payload, turn] = [null, 0];
+  function step() {
+    const own = payload;
+    listeners[turn](own);
+    turn = (turn + 1) % listeners.length;
+    if (turn > 0 || own !== payload) requestAnimationFrame(step);
+    else payload = null;
+  }
+  KVLens.feed.listen((latest) => {
+    if (off) return;
+    const isIdle = payload === null;
+    payload = latest;
+    if (isIdle) step();
+  });
   KVLens.follow(component, KVLens.feed.receive);
 };
 

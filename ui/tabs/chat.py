@@ -112,16 +112,16 @@ def _asking(examples: list[dict[str, str]]):
             with gr.Row():
                 max_new = gr.Slider(
                     *LIMITS["max_new_tokens"], usual.max_new_tokens, step=1,
-                    label=text.MAX_NEW_TOKENS, info=text.MAX_NEW_TOKENS_HELP, min_width=200,
+                    label=text.MAX_NEW_TOKENS, info=text.MAX_NEW_TOKENS_HELP, min_width=290,
                 )  # fmt: skip
                 temperature = gr.Slider(
                     *LIMITS["temperature"], usual.temperature, step=0.05,
-                    label=text.TEMPERATURE, info=text.TEMPERATURE_HELP, min_width=200,
+                    label=text.TEMPERATURE, info=text.TEMPERATURE_HELP, min_width=290,
                 )  # fmt: skip
                 top_p = gr.Slider(
-                    *LIMITS["top_p"], usual.top_p, step=0.01, label=text.TOP_P, info=text.TOP_P_HELP, min_width=200
+                    *LIMITS["top_p"], usual.top_p, step=0.01, label=text.TOP_P, info=text.TOP_P_HELP, min_width=290
                 )
-                seed = gr.Number(usual.seed, label=text.SEED, info=text.SEED_HELP, precision=0, min_width=140)
+                seed = gr.Number(usual.seed, label=text.SEED, info=text.SEED_HELP, precision=0, min_width=290)
     for chip, example in zip(chips, examples, strict=True):
         filled = json.dumps([example["prompt"], example.get("system", "")])
         chip.click(None, None, [prompt, system], js=f"() => {filled}", api_visibility="private", queue=False)
