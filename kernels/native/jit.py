@@ -10,6 +10,7 @@ This module does not know what a kernel computes.
 import hashlib
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from functools import cache
 from pathlib import Path
 
 import numba
-from llvmlite import binding
 from numba.core import types
 from numba.core.ccallback import CFunc
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 _log = logging.getLogger(__name__)
@@ -55,12 +56,19 @@ def _allows_lookups(choice: str) -> bool:
     return choice == "auto" and "+avx512f" in _host_features().split(",")
 
 
+def require_half_floats() -> None:
+    """Raises: ImportError on an x86 processor without F16C, where fp16 cannot be read by vectors."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if is_x86 and "+f16c" not in _host_features().split(","):
+        raise ImportError("the processor has no F16C instructions")
+
+
 @cache
 def _host_features() -> str:
     """The features that Numba compiles for, as `+avx,-sse4a,...`."""
     if numba.config.CPU_FEATURES is not None:
         return numba.config.CPU_FEATURES
-    return binding.get_host_cpu_features().flatten()
+    return get_host_cpu_features()
 
 
 @cache
@@ -95,7 +103,7 @@ def _compile(factory: Callable[..., Callable], constants: tuple[int, ...]) -> Ke
     options = {"error_model": "numpy", "nopython": True}
     try:
         function = numba.cfunc(signature, cache=True, **options)(python_function)
-    except RuntimeError as error:  # Numba found no directory that it may write
+    except (RuntimeError, OSError) as error:  # no directory that may be written, or no room in it
         _log.warning("kernels are compiled in every process: %s", error)
         function = numba.cfunc(signature, **options)(python_function)
     elapsed_ms = (time.perf_counter() - start) * 1e3

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 _log = logging.getLogger(__name__)
+_LIMITATION = "native kernels run on one thread: no OpenMP runtime with GOMP_parallel was found beside torch"
 
 
 @cache
@@ -27,8 +28,13 @@ def parallel_address() -> int:
         except (OSError, AttributeError):
             continue
         return ctypes.cast(function, ctypes.c_void_p).value
-    _log.warning("native kernels run on one thread: no OpenMP runtime with GOMP_parallel beside torch")
+    _log.warning(_LIMITATION)
     return 0
+
+
+def limitation() -> str | None:
+    """Why native kernels run on one thread here, as a sentence; None where they use torch's threads."""
+    return None if parallel_address() else _LIMITATION
 
 
 def num_threads() -> int:

@@ -26,9 +26,11 @@ from kvlens.kernels.native.vectors import BF16, FP16, FP32
 from kvlens.kernels.packed_attend import Attended, ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.quantize_pack import Packed
 
+jit.require_half_floats()
+
 ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 TILE_TOKENS = 512  # scores of a tile stay in the first-level cache
-MIN_PARALLEL_WORK = 2**18  # score products below which waking a team costs more than it saves
+MIN_PARALLEL_WORK = 2**17  # score products below which waking a team costs more than it saves
 _CACHE_LINE = 64
 _LOG_2 = math.log(2)
 
@@ -73,13 +75,20 @@ def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, 
 
 
 def warm_up(
-    layout: PageLayout, *, head_dim: int, heads_per_group: int, query_dtype: torch.dtype, exact_dtype: torch.dtype
+    layout: PageLayout,
+    *,
+    head_dim: int,
+    heads_per_group: int,
+    query_dtype: torch.dtype,
+    exact_dtype: torch.dtype,
 ) -> float:
-    """Compile what attention over `layout` needs; gives the milliseconds spent. Safe on a background thread."""
+    """Compile what attention over `layout` needs; gives the milliseconds spent.
+
+    Safe on a background thread: a call that needs a kernel meanwhile waits for it.
+    """
     known = set(jit.compiled())
-    _kernels(
-        _Shape(layout, head_dim, heads_per_group, 0, ELEMENTS[query_dtype], ELEMENTS[exact_dtype], jit.has_lookups())
-    )
+    elements = ELEMENTS[query_dtype], ELEMENTS[exact_dtype]
+    _kernels(_Shape(layout, head_dim, heads_per_group, 0, *elements, jit.has_lookups()))
     return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
 
 
@@ -145,8 +154,9 @@ def sum_kernel(element, head_dim, num_heads, source):
 
 @dataclass(frozen=True)
 class _Kernels:
-    """Addresses by field: of `AttendArguments`, and of its two sides."""
+    """The kernel to enter, and addresses by field: of `AttendArguments`, and of its two sides."""
 
+    entry: int
     common: dict[str, int]
     keys: dict[str, int]
     values: dict[str, int]
@@ -156,6 +166,7 @@ class _Kernels:
 def _kernels(shape: _Shape) -> _Kernels:
     layout, dim = shape.layout, shape.head_dim
     return _Kernels(
+        entry=jit.kernel(attend_entry).address,
         common={
             "worker": jit.kernel(attend_worker).address,
             "read_query": jit.kernel(read_kernel, shape.query_element, dim).address,
@@ -201,7 +212,7 @@ class _Call:
 
     def __init__(self, shape: _Shape, batch: int, num_kv_heads: int, num_threads: int):
         kernels = _kernels(shape)
-        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_int64)(jit.kernel(attend_entry).address)
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_int64)(kernels.entry)
         self._arguments = arguments = AttendArguments(
             **kernels.common,
             keys=Side(**kernels.keys),

@@ -17,6 +17,8 @@ from kvlens.kernels.native.scalars import atomic_add, call, field_access
 from kvlens.kernels.native.vectors import BF16, FP16, FP32, NUM_LANES
 from kvlens.kernels.quantize_pack import Packed
 
+jit.require_half_floats()
+
 ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 MIN_PARALLEL_VALUES = 2**16  # values below which waking a team costs more than it saves
 _VALUES_PER_ITEM = 2**14

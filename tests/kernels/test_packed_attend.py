@@ -15,10 +15,10 @@ from cases import (
 from hypothesis import HealthCheck, given, settings
 
 from kvlens.kernels import packed_attend as operation
-from kvlens.kernels.native import threads
-from kvlens.kernels.packed_attend import reference
+from kvlens.kernels.native import jit, threads
+from kvlens.kernels.packed_attend import cpu, reference
 
-BOUNDED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(packed_attend, inputs):
@@ -104,7 +104,28 @@ def test_threads_and_splits_do_not_change_the_result(implementation, monkeypatch
         torch.set_num_threads(before)
     monkeypatch.setattr(threads, "parallel_address", lambda: 0)
     assert threads.num_threads() == 1
+    assert "one thread" in threads.limitation()
     assert_close(run(packed_attend, inputs), expected)
+
+
+def test_torch_threads_are_used_here():
+    assert threads.limitation() is None
+    assert threads.num_threads() == torch.get_num_threads()
+
+
+def test_after_warm_up_nothing_is_compiled():
+    case = AttendCase("warm", (300,), (256,), (200,), num_query_heads=14, num_sinks=4, dtype=torch.bfloat16)
+    inputs = build_attend(case)
+    cpu.warm_up(
+        inputs.past.layout,
+        head_dim=case.head_dim,
+        heads_per_group=7,
+        query_dtype=torch.bfloat16,
+        exact_dtype=torch.bfloat16,
+    )
+    known = len(jit.compiled())
+    assert_close(run(cpu.packed_attend, inputs), run(reference.packed_attend, inputs))
+    assert len(jit.compiled()) == known
 
 
 def test_concurrent_calls_do_not_mix(implementation):
