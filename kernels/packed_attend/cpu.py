@@ -31,6 +31,7 @@ jit.require_half_floats()
 ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 TILE_TOKENS = 512  # scores of a tile stay in the first-level cache
 MIN_PARALLEL_WORK = 2**17  # score products below which waking a team costs more than it saves
+_MAX_KEPT_CALLS = 32
 _CACHE_LINE = 64
 _LOG_2 = math.log(2)
 
@@ -57,20 +58,9 @@ def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, 
 
     Raises: ValueError for an element type that the kernels do not read.
     """
-    num_kv_heads = exact.keys.shape[1]
-    shape = _Shape(
-        layout=past.layout,
-        head_dim=query.shape[2],
-        heads_per_group=query.shape[1] // num_kv_heads,
-        num_sinks=exact.sink_keys.shape[2],
-        query_element=_element(query),
-        exact_element=_element(exact.keys),
-        has_lookups=jit.has_lookups(),
-    )
     output = torch.empty(query.shape, dtype=query.dtype)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32)
-    call = _call_of_this_thread(shape, query.shape[0], num_kv_heads, threads.num_threads())
-    call.run(query, past, exact, output, log_sum_exp, scaling)
+    _call_of_this_thread(query, past, exact).run(query, past, exact, output, log_sum_exp, scaling)
     return Attended(output, log_sum_exp)
 
 
@@ -196,13 +186,21 @@ def _side_kernels(shape: _Shape, exact_kernel, rows: tuple[int, int, int]) -> di
 _of_this_thread = threading.local()
 
 
-def _call_of_this_thread(shape: _Shape, batch: int, num_kv_heads: int, num_threads: int) -> "_Call":
+def _call_of_this_thread(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> "_Call":
+    """The call kept for inputs of this kind, or a new one."""
     calls = _of_this_thread.__dict__.setdefault("calls", {})
-    key = (shape, batch, num_kv_heads, num_threads)
+    batch, num_query_heads, head_dim = query.shape
+    num_kv_heads, num_sinks = exact.sink_keys.shape[1:3]
+    has_lookups, num_threads = jit.has_lookups(), threads.num_threads()
+    key = (
+        past.layout, query.shape, num_kv_heads, num_sinks, query.dtype, exact.keys.dtype, has_lookups, num_threads
+    )  # fmt: skip
     call = calls.get(key)
     if call is None:
-        if len(calls) >= 32:
+        if len(calls) >= _MAX_KEPT_CALLS:
             calls.clear()
+        elements = _element(query), _element(exact.keys)
+        shape = _Shape(past.layout, head_dim, num_query_heads // num_kv_heads, num_sinks, *elements, has_lookups)
         call = calls[key] = _Call(shape, batch, num_kv_heads, num_threads)
     return call
 
