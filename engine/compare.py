@@ -185,10 +185,7 @@ class Comparison:
                 max_context=model.max_context,
                 lanes=[],
                 machine=machine_memory(model.device),
-                notices=[
-                    f"{operation} runs on its plain reference: {reason}"
-                    for operation, reason in dispatch.fallbacks().items()
-                ],
+                notices=dispatch.notices(),
             )
         record.lanes = [lane.log for lane in self._lanes.values()]
         return record

@@ -21,6 +21,7 @@ from kvlens.engine.errors import ModelError
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
+from kvlens.engine.warm_up import warm_up_methods
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "model"
 
@@ -137,6 +138,8 @@ def load_model(
     )  # fmt: skip
     say(f"Checking that {label} gives the same answer through the bridge")
     _self_test(model)
+    say(f"Preparing the kernels for {label}")
+    warm_up_methods(model)
     return model
 
 

@@ -8,6 +8,7 @@ shows. This module does not know what the operations compute.
 import importlib
 import logging
 import os
+import sys
 from functools import cache
 from types import ModuleType
 
@@ -66,6 +67,15 @@ def note_fallback(operation: str, reason: str) -> None:
     if _fallbacks.get(operation) != reason:
         _fallbacks[operation] = reason
         _log.warning("%s runs on its plain reference: %s", operation, reason)
+
+
+def notices() -> list[str]:
+    """What a person should know about the kernels of this process: fallbacks, and threads that cannot be used."""
+    said = [f"{operation} runs on its plain reference: {reason}" for operation, reason in _fallbacks.items()]
+    threads = sys.modules.get(f"{__package__}.native.threads")
+    if threads is not None and threads.limitation() is not None:
+        said.append(threads.limitation())
+    return said
 
 
 def fallbacks() -> dict[str, str]:

@@ -78,9 +78,7 @@ class Attended:
     log_sum_exp: torch.Tensor
 
 
-def packed_attend(
-    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float
-) -> Attended:
+def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
     """softmax(scaling * q·K^T) V over all tokens of each sequence, read from packed and exact storage.
 
     Shapes: query `[B, HQ, D]` with HQ a multiple of HK; query head h reads key/value head h // (HQ/HK).
@@ -92,15 +90,30 @@ def packed_attend(
     return module.packed_attend(query, past, exact, scaling=scaling)
 
 
+_known_to_fit: set[tuple] = set()
+
+
 def _check(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
+    """Shapes are compared once for each combination: decode asks the same question at every step."""
+    shapes = (
+        past.layout, query.shape, exact.keys.shape, exact.values.shape, exact.sink_keys.shape,
+        exact.sink_values.shape, exact.length.shape, past.num_keys.shape, past.num_values.shape,
+        past.page_table.shape, past.keys.codes.shape, past.values.codes.shape,
+    )  # fmt: skip
+    if shapes not in _known_to_fit:
+        _compare(query, past, exact)
+        if len(_known_to_fit) > 10_000:
+            _known_to_fit.clear()
+        _known_to_fit.add(shapes)
+
+
+def _compare(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
     if query.ndim != 3:
         raise ValueError(f"query must be [B, HQ, D]; got shape {tuple(query.shape)}")
     batch, num_query_heads, head_dim = query.shape
     num_kv_heads = exact.keys.shape[1]
     if num_query_heads % num_kv_heads != 0:
-        raise ValueError(
-            f"query heads must be a multiple of the {num_kv_heads} key/value heads; got {num_query_heads}"
-        )
+        raise ValueError(f"query heads must be a multiple of the {num_kv_heads} key/value heads; got {num_query_heads}")
     layout = past.layout
     expected = {
         "exact.keys": (exact.keys, (batch, num_kv_heads, None, head_dim)),

@@ -16,7 +16,7 @@ def test_families_load_and_pass_their_self_test(family, tmp_path):
     assert model.max_context == 1024
     assert model.cache_dtype == torch.float16
     assert model.end_tokens == {0}
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 def test_a_sliding_window_bounds_the_context_instead_of_being_lost(tmp_path):
