@@ -29,7 +29,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     os.environ["KERNELS"] = options.kernels
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
     from kvlens.ui.models import ModelHub, ModelRequest, parse_offer
     from kvlens.ui.server import serve

@@ -21,11 +21,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results" / "replay.csv"
 
-# Counts frames and the growth of lane a's answer from the first to the last token of a replay.
+# Counts frames and updates from the first to the last token of a replay.
 MEASURE = """(name) => new Promise((resolve) => {
-    const log = { frames: 0, worst: 0, first: null, last: null, start: null, end: null };
-    let before = null, length = -1;
-    const answer = () => document.querySelector('#kv-chat-a .bot-row:last-of-type .md, #kv-chat-a .bot-row .md')?.textContent.length ?? 0;
+    const log = { frames: 0, worst: 0, start: null, end: null };
+    let before = null;
     const drawn = KVLens.feed.drawn;
     const look = (now) => {
         if (document.body.dataset.kvState === 'replay') {

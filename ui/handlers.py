@@ -88,7 +88,7 @@ class ChatHandlers:
             session.ticket = self._ticket(session.turns[-1].prompt, lane_a, lane_b, sampling)
         except ValueError as error:
             return self._say(session, str(error))
-        session.turns.pop()
+        session.ticket.replaced = session.turns.pop()
         return self._asked(session, keep_prompt=True)
 
     def edit_last(self, request: gr.Request):
@@ -99,26 +99,37 @@ class ChatHandlers:
         if not session.turns:
             return self._say(session, text.NOTHING_TO_EDIT)
         prompt = session.turns.pop().prompt
-        return (prompt, *self._conversation(session), self._state("done"))
+        return (prompt, *runner.conversations(session), self._state("done"))
 
     def clear(self, request: gr.Request):
         session = self._session(request)
-        session.stop()
+        if session.ticket is not None:
+            session.ticket.is_dropped = True
+            session.stop()
         session.turns.clear()
         if session.ticket is None:
             session.free()
-        return (gr.skip(), *self._conversation(session), self._state("done"))
+        return (gr.skip(), *runner.conversations(session), self._state("done"))
 
-    def stop(self, request: gr.Request) -> None:
-        self._session(request).stop()
+    def stop(self, request: gr.Request):
+        """A running answer ends with its next step; one that still waits is taken back at once."""
+        session = self._session(request)
+        session.stop()
+        ticket = session.ticket
+        if ticket is None or ticket.is_started:
+            return self._keep()
+        session.ticket = None
+        prompt = session.give_up(ticket)
+        return (gr.skip() if prompt is None else prompt, *runner.conversations(session), self._state("done"))
 
     def answer(self, request: gr.Request) -> Iterator[tuple]:
         """Stream the answer to the ticket that `send` or `regenerate` left."""
         session = self._session(request)
         ticket = session.ticket
-        if ticket is None:
+        if ticket is None or ticket.is_started:
             yield self._keep()
             return
+        ticket.is_started = True
         try:
             for update in self._answer(session, ticket):
                 yield self._outputs(update)
@@ -132,11 +143,10 @@ class ChatHandlers:
         while self.hub.model is None and self.hub.is_loading and not ticket.stop.is_set():
             yield runner.Update(payload=self._state("loading"))
             self.hub.wait_change(self.hub.version, min(1.0, max(0.0, deadline - time.monotonic())))
-        if ticket.stop.is_set():
-            chats = [frames.conversation(session.turns, lane_id) for lane_id in controls.LANES]
-            yield runner.Update(chats, self._state("done"), prompt=ticket.prompt)
-        elif self.hub.model is None:
-            yield runner.Update(payload=self._state("done", self.hub.problem), prompt=ticket.prompt)
+        if ticket.stop.is_set() or self.hub.model is None:
+            notice = "" if ticket.stop.is_set() else self.hub.problem
+            prompt = session.give_up(ticket)
+            yield runner.Update(runner.conversations(session), self._state("done", notice), prompt)
         else:
             budget = self.hub.budget
             if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
@@ -203,7 +213,7 @@ class ChatHandlers:
             yield self._keep()
             return
         rate = event._data.get("rate") if isinstance(event._data, dict) else None
-        ticket = session.ticket = Ticket("", {}, Sampling())
+        ticket = session.ticket = Ticket("", {}, Sampling(), is_started=True)
         try:
             scene = self._recorded_scene(recording)
             speed = min(1000.0, max(1.0, float(rate))) if rate else None
@@ -256,15 +266,16 @@ class ChatHandlers:
             notice,
         )
 
-    def note_address(self, prompt: str, lane_a: str, lane_b: str, *sampling):
-        """The address of the present settings, and remarks on the lanes."""
+    def note_address(self, prompt, lane_a, lane_b, system, max_new, temperature, top_p, seed, request: gr.Request):
+        """The address of the present settings and the last prompt, and remarks on the lanes."""
         lanes = {}
         for lane_id, value in zip(controls.LANES, (lane_a, lane_b), strict=True):
             try:
                 lanes[lane_id] = controls.parse_choice(value)
             except ValueError:
                 lanes[lane_id] = controls.default_choice(lane_id)
-        settings = Settings(lanes, sampling_of(sampling), prompt or "")
+        sampling = sampling_of((system, max_new, temperature, top_p, seed))
+        settings = Settings(lanes, sampling, prompt or self._session(request).last_prompt())
         return self._address(settings, {"a": lane_a, "b": lane_b})
 
     def _address(self, settings: Settings, values: dict[str, str] | None = None) -> str:
@@ -293,15 +304,17 @@ class ChatHandlers:
         except EngineError as error:
             yield json.dumps(json.loads(self.header()) | {"problem": str(error)}), gr.skip()
             return
-        self.store.free_all()
         worker = threading.Thread(target=self._change_quietly, args=(name,), daemon=True)
         version = self.hub.version
         worker.start()
         while worker.is_alive():
             version = self.hub.wait_change(version, 0.5)
             yield self.header(), gr.skip()
-        notice = self.hub.problem or text.MODEL_CHANGED.format(name=name)
-        yield self.header(), build(None, Scene(state="done", notice=notice))
+        if self.hub.problem:
+            yield self.header(), gr.skip()
+            return
+        self.store.free_all()
+        yield self.header(), self._state("done", text.MODEL_CHANGED.format(name=name))
 
     def _change_quietly(self, name: str) -> None:
         with suppress(EngineError):  # told on the page through `problem`
@@ -315,9 +328,6 @@ class ChatHandlers:
 
     def _state(self, state: str, notice: str = "") -> str:
         return build(None, Scene(state=state, notice=notice))
-
-    def _conversation(self, session: Session) -> list[frames.Messages]:
-        return [frames.conversation(session.turns, lane_id) for lane_id in controls.LANES]
 
     def _asked(self, session: Session, keep_prompt: bool = False):
         session.is_own_run = True

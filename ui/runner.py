@@ -102,15 +102,19 @@ def run(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudg
         session.free()
         yield _fault(session, ticket, scene, text.INTERNAL_FAULT.format(kind=type(error).__name__))
         return
-    if log is None:
-        yield Update(frames.running(session.turns, ticket.prompt, {}), build(None, replace(scene, state="done")))
+    done = replace(scene, state="done", view=session.view)
+    if log is None or ticket.is_dropped:
+        prompt = session.give_up(ticket)
+        yield Update(conversations(session), build(None, done), prompt)
         return
     session.recording = _recording(session, ticket, log, recorder, scene)
+    earlier = list(session.turns)
     session.turns.append(Turn(ticket.prompt, frames.answers_of(log)))
-    yield Update(
-        frames.running(session.turns[:-1], ticket.prompt, frames.answers_of(log)),
-        build(log, replace(scene, state="done", view=session.view)),
-    )
+    yield Update(frames.running(earlier, ticket.prompt, frames.answers_of(log)), build(log, done))
+
+
+def conversations(session: Session) -> list[frames.Messages]:
+    return [frames.conversation(session.turns, lane_id) for lane_id in controls.LANES]
 
 
 def _steps(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudget | None) -> Iterator[RunLog]:
@@ -134,8 +138,8 @@ def _progress(session: Session, ticket: Ticket, log: RunLog, scene: Scene, has_p
 
 def _fault(session: Session, ticket: Ticket, scene: Scene, sentence: str) -> Update:
     """The page goes back to before the prompt, and the prompt into its box."""
-    chats = [frames.conversation(session.turns, lane_id) for lane_id in controls.LANES]
-    return Update(chats, build(None, replace(scene, state="done", notice=sentence)), prompt=ticket.prompt)
+    prompt = session.give_up(ticket)
+    return Update(conversations(session), build(None, replace(scene, state="done", notice=sentence)), prompt)
 
 
 def _recording(session: Session, ticket: Ticket, log: RunLog, recorder: Recorder, scene: Scene) -> Recording:

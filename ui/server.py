@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import mimetypes
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -115,7 +114,6 @@ def add_routes(app: FastAPI, hub: ModelHub) -> None:
 
 def create_app(hub: ModelHub, *, host: str, port: int, runs: Library | None = None) -> FastAPI:
     """The whole site as an ASGI application."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     mimetypes.add_type("text/javascript", ".js")
     app = FastAPI(title=text.TITLE, docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOCAL_HOSTS:

@@ -31,12 +31,19 @@ class Turn:
 
 @dataclass
 class Ticket:
-    """One asked-for run, from the click to its end. `stop` ends it wherever it is."""
+    """One asked-for run, from the click to its end. `stop` ends it wherever it is.
+
+    `replaced` is the turn that it makes again; it comes back if the run comes to nothing. `is_dropped`
+    says that the chat was cleared meanwhile: the answer is not kept.
+    """
 
     prompt: str
     lanes: dict[str, LaneChoice]
     sampling: Sampling
     stop: threading.Event = field(default_factory=threading.Event)
+    replaced: Turn | None = None
+    is_started: bool = False
+    is_dropped: bool = False
 
 
 @dataclass
@@ -54,6 +61,20 @@ class Session:
     def stop(self) -> None:
         if self.ticket is not None:
             self.ticket.stop.set()
+
+    def give_up(self, ticket: Ticket) -> str | None:
+        """A run came to nothing: the page is as before. Gives the prompt that goes back into its box."""
+        if ticket.is_dropped:
+            return None
+        if ticket.replaced is not None:
+            self.turns.append(ticket.replaced)
+            return None
+        return ticket.prompt
+
+    def last_prompt(self) -> str:
+        if self.ticket is not None and self.ticket.prompt:
+            return self.ticket.prompt
+        return self.turns[-1].prompt if self.turns else ""
 
     def free(self) -> None:
         """Give the caches back; the texts stay."""

@@ -39,6 +39,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def site():
+    import torch
     import uvicorn
 
     from kvlens.engine.model import EMBEDDED
@@ -50,6 +51,8 @@ def site():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # torch is loaded by now and its waiting threads spin; with a browser beside it one thread is faster than two.
+    torch.set_num_threads(1)
     hub = ModelHub(ModelRequest(device="cpu", max_context=2048), offered=["offered/nowhere"])
     app = create_app(hub, host="127.0.0.1", port=port)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))

@@ -79,6 +79,8 @@ def test_stop_ends_the_answer_in_under_half_a_second(visitor):
     visitor.open("?max_new_tokens=1500")
     visitor.send("Tell me a very long story about a heron.")
     visitor.wait("KVLens.feed.latest.state === 'running' && KVLens.feed.latest.lanes[1].figures.new_tokens > 2")
+    assert visitor.page.locator("#kv-stop").is_visible()
+    assert not visitor.page.locator("#kv-send").is_visible()
     waited_ms = visitor.page.evaluate(
         """() => new Promise((resolve) => {
             const start = performance.now();
@@ -126,6 +128,39 @@ def test_regenerate_edit_and_clear(asked):
     assert second["lanes"][0]["figures"]["prompt_tokens"] < 60
     page.click("#kv-clear")
     page.wait_for_function("!document.querySelector('#kv-chat-a [data-testid=\"bot\"]')")
+
+
+def test_clearing_while_it_answers_leaves_an_empty_chat(visitor):
+    visitor.open("?max_new_tokens=1500")
+    visitor.send("Tell me a very long story.")
+    visitor.wait("KVLens.feed.latest.state === 'running'")
+    visitor.page.click("#kv-clear")
+    visitor.wait("document.body.dataset.kvState === 'done'")
+    visitor.wait("!document.querySelector('#kv-chat-a [data-testid=\"user\"]')")
+
+
+def test_stopping_while_another_run_goes_first_gives_the_prompt_back(visit):
+    one, two = visit(), visit()
+    for visitor in (one, two):
+        visitor.open("?max_new_tokens=1500")
+    one.send("Tell me a very long story.")
+    one.wait("KVLens.feed.latest.state === 'running'")
+    two.send("Hello from the queue.")
+    two.wait("document.body.dataset.kvState === 'waiting'")
+    two.page.click("#kv-stop")
+    two.wait("document.body.dataset.kvState === 'done'")
+    two.wait("document.querySelector('#kv-prompt textarea').value === 'Hello from the queue.'")
+    assert two.page.locator("#kv-chat-a [data-testid=user]").count() == 0
+    one.page.click("#kv-stop")
+    one.wait("document.body.dataset.kvState === 'done'")
+
+
+def test_the_link_carries_the_last_prompt(visitor):
+    visitor.open("?max_new_tokens=4")
+    visitor.ask("What is in the link?")
+    visitor.wait("new URLSearchParams(location.search).get('prompt') === 'What is in the link?'")
+    visitor.page.reload()
+    visitor.page.wait_for_function("document.querySelector('#kv-prompt textarea')?.value === 'What is in the link?'")
 
 
 def test_two_visitors_at_once_never_mix(visit):

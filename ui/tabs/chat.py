@@ -138,9 +138,11 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
         [elements.send.click, elements.prompt.submit], handlers.send, [elements.prompt, *settings], shown, **quick
     )
     again = elements.regenerate.click(handlers.regenerate, settings, shown, **quick)
+    told = (handlers.note_address, [elements.prompt, *settings], elements.address)
     for event in (asked, again):
         event.then(handlers.answer, None, shown, concurrency_limit=1, **slow)
-    elements.stop.click(handlers.stop, None, None, **quick)
+        event.then(*told, **quick)
+    elements.stop.click(handlers.stop, None, shown, **quick)
     elements.edit.click(handlers.edit_last, None, shown, **quick)
     elements.clear.click(handlers.clear, None, shown, **quick)
     elements.panels.select(handlers.select, None, elements.panels, **quick)
@@ -153,11 +155,12 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     header.export(handlers.export, None, [elements.download, elements.panels], **quick)
     header.model(handlers.change_model, None, [header, elements.panels], concurrency_limit=1, **slow)
     for entry in (*elements.lanes, *elements.sampling):
-        entry.change(handlers.note_address, [elements.prompt, *settings], elements.address, **quick)
-    elements.prompt.blur(handlers.note_address, [elements.prompt, *settings], elements.address, **quick)
+        entry.change(*told, **quick)
+    elements.prompt.blur(*told, **quick)
     demo.load(handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick)
-    demo.load(
+    watched = demo.load(
         handlers.watch_model, None, header, api_visibility="private", show_progress="hidden",
         concurrency_id="watch", concurrency_limit=64,
     )  # fmt: skip
+    watched.then(*told, **quick)
     demo.unload(handlers.leave)
