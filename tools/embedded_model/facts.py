@@ -7,12 +7,16 @@ built from facts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from random import Random
 
 from . import wordings as w
 from . import words
 
 SPLITS = ("train", "held_out")
+# Values that make no sense for their question can only be copied.
+ODD_VALUE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,20 @@ def split_parts(parts: tuple, split: str) -> tuple:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     num_held_out = max(1, len(parts) // 5)
     return parts[-num_held_out:] if split == "held_out" else parts[:-num_held_out]
+
+
+@cache
+def harvested(kind: str) -> tuple[str, ...]:
+    """The `nouns` or `names` found often in the public-domain books, in a fixed random order.
+
+    Many and odd words make copying general: with short lists a model learns the lists.
+    """
+    return tuple(Path(__file__).with_name(f"{kind}.txt").read_text(encoding="utf-8").split())
+
+
+def draw_noun(random: Random, split: str) -> str:
+    """A noun from the books."""
+    return random.choice(split_parts(harvested("nouns"), split))
 
 
 def capitalised(sentence: str) -> str:
@@ -65,24 +83,32 @@ def draw_value(random: Random, kind: str, split: str) -> str:
     if kind == "date":
         return f"{random.choice(words.MONTHS)} {random.randint(1, 31)}"
     if kind == "name":
-        return random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.4 else invented_name(random)
+        return draw_person(random, split)
     if kind == "place":
         return invented_name(random, is_place=True)
     value = random.choice(split_parts(words.VALUES[kind], split))
+    if random.random() < ODD_VALUE_SHARE:
+        value = f"a {draw_noun(random, split)}" if " " in value else draw_noun(random, split)
     if kind == "word" and random.random() < 0.3:
-        value += " " + random.choice(split_parts(words.VALUES[kind], split))
+        value += " " + draw_noun(random, split)
     return value
 
 
 def draw_thing(random: Random, split: str) -> str:
     """A thing, mostly with an adjective."""
-    thing = random.choice(split_parts(words.THINGS, split))
-    return f"{random.choice(split_parts(words.THING_ADJECTIVES, split))} {thing}" if random.random() < 0.7 else thing
+    things = words.THINGS if random.random() < 0.5 else harvested("nouns")
+    thing = random.choice(split_parts(things, split))
+    if random.random() < 0.3:
+        return thing
+    return f"{random.choice(split_parts(words.THING_ADJECTIVES, split))} {thing}"
 
 
 def draw_person(random: Random, split: str) -> str:
-    """A common first name or an invented one."""
-    return random.choice(split_parts(words.PERSONS, split)) if random.random() < 0.7 else invented_name(random)
+    """A common first name, a name from the books or an invented one."""
+    kind = random.choices(("common", "books", "invented"), (3, 4, 3))[0]
+    if kind == "invented":
+        return invented_name(random)
+    return random.choice(split_parts(words.PERSONS if kind == "common" else harvested("names"), split))
 
 
 def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact:
