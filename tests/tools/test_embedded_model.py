@@ -11,9 +11,7 @@ from tools.embedded_model.corpus import RowMaker, Texts
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
 from tools.embedded_model.train import ModelShape, Recipe, Trainer, export
 
-PROSE = (
-    "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
-)
+PROSE = "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
 STORY = "Once there was a fox. The fox had a red hat. The fox lost the hat. A bird found the hat."
 
 
@@ -44,9 +42,7 @@ def make_trainer(texts, tokenizer) -> Trainer:
         RowMaker(texts, tokenizer, seed=1),
         RowMaker(texts, tokenizer, seed=1, split="held_out"),
     )
-    return Trainer(
-        shape=shape, recipe=recipe, rows=rows, held_out_rows=held_out_rows, device="cpu", compiled=False
-    )
+    return Trainer(shape=shape, recipe=recipe, rows=rows, held_out_rows=held_out_rows, device="cpu", compiled=False)
 
 
 def test_same_seed_gives_same_conversation():
@@ -65,6 +61,7 @@ def test_same_seed_gives_same_conversation():
         words.PERSONS,
         words.VALUES["word"],
     ]
+    + [facts.harvested("nouns"), facts.harvested("names")]
     + [family.statements for family in wordings.FAMILIES]
     + [family.questions for family in wordings.FAMILIES],
 )
@@ -84,9 +81,7 @@ def test_unknown_split_is_refused():
 @pytest.mark.parametrize("split", facts.SPLITS)
 def test_every_value_is_told_before_it_is_asked(split):
     for seed in range(60):
-        messages = recall.passage_conversation(
-            Random(seed), PROSE[:600], num_facts=5, split=split
-        ).as_messages()
+        messages = recall.passage_conversation(Random(seed), PROSE[:600], num_facts=5, split=split).as_messages()
         passage = " ".join(m["content"] for m in messages if m["role"] == "user")
         for fact in facts.distinct_facts(Random(seed), split, 5):
             assert fact.value.lower() in fact.statement.lower()
@@ -124,9 +119,7 @@ def test_recall_questions_keep_length_and_depth(tokenizer, depth):
 
 def test_depth_outside_the_text_is_refused():
     with pytest.raises(ValueError, match="depth"):
-        next(
-            recall.recall_questions(prose=PROSE, num_tokens=100, depth=1.5, count=1, seed=0, count_tokens=len)
-        )
+        next(recall.recall_questions(prose=PROSE, num_tokens=100, depth=1.5, count=1, seed=0, count_tokens=len))
 
 
 @pytest.mark.parametrize("text", ["Hello, wörld! 12345", "  two  blanks\n\nand lines", "日本語 and 🙂"])
@@ -147,9 +140,9 @@ def test_chat_template(tokenizer):
     ]
     closed = "<|bos|><|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>Hello<|end|>"
     assert chat_tokenizer.apply_chat_template(messages, tokenize=False) == closed
-    assert chat_tokenizer.apply_chat_template(
-        messages[:2], tokenize=False, add_generation_prompt=True
-    ).endswith("<|end|><|assistant|>")
+    assert chat_tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True).endswith(
+        "<|end|><|assistant|>"
+    )
 
 
 def test_rows_match_the_chat_template(texts, tokenizer):
@@ -193,10 +186,6 @@ def test_export_loads_with_transformers(texts, tokenizer, tmp_path):
     )
     assert model.dtype == torch.float16
     assert model.config.head_dim == 64
-    assert (
-        model.generation_config.eos_token_id
-        == chat_tokenizer.eos_token_id
-        == tokenizer.token_to_id("<|end|>")
-    )
+    assert model.generation_config.eos_token_id == chat_tokenizer.eos_token_id == tokenizer.token_to_id("<|end|>")
     expected = trainer.model.get_input_embeddings().weight.half()
     torch.testing.assert_close(model.get_input_embeddings().weight, expected, rtol=0, atol=0)
