@@ -112,10 +112,11 @@ def text_units(piece: str) -> int:
 
 
 def lane_name(log: RunLog, lane: LaneLog) -> str:
-    """The method's title without its settings, if that alone tells the lanes apart."""
-    short = [other.title.split(" · ")[0] for other in log.lanes]
-    own = lane.title.split(" · ")[0]
-    return own if short.count(own) == 1 else lane.title
+    """The method's title and, where another lane has the same, the settings in which they differ."""
+    title, *settings = lane.title.split(" · ")
+    others = [other.title.split(" · ")[1:] for other in log.lanes if other is not lane and other.method == lane.method]
+    differing = [one for one in settings if any(one not in other for other in others)]
+    return " ".join([title, *differing])
 
 
 def lane_payload(log: RunLog, lane: LaneLog, state: str) -> dict:
@@ -182,18 +183,15 @@ def notices(log: RunLog, scene: Scene) -> list[str]:
 
 
 def build(log: RunLog | None, scene: Scene) -> str:
-    """The payload of one update. Without a log it only carries the state and a notice."""
-    payload: dict = {
-        "sequence": next(_sequence),
-        "state": scene.state,
-        "label": scene.label,
-        "view": vars(scene.view),
-        "is_cpu": scene.is_cpu,
-    }
+    """The payload of one update. Without a log it only carries the state and a notice: the picture stays."""
+    payload: dict = {"sequence": next(_sequence), "state": scene.state}
     if log is None:
         payload["notices"] = [scene.notice] if scene.notice else []
         return json.dumps(payload, separators=(",", ":"))
     payload |= {
+        "label": scene.label,
+        "view": vars(scene.view),
+        "is_cpu": scene.is_cpu,
         "run_id": log.run_id,
         "model": log.model,
         "device": log.device,

@@ -103,7 +103,7 @@ KVLens.errorPanel = (root, select) => {
     const hints = [];
     if (view.figure === "channels" && errors.probed_layer !== null && view.layer !== errors.probed_layer) {
       hints.push(KVLens.fill(words.layer_next, { n: view.layer }));
-    } else if (view.figure === "channels") hints.push(view.kind === "keys" ? words.outliers : words.value_note);
+    } else if (view.figure === "channels" && view.quantity === "magnitude") hints.push(view.kind === "keys" ? words.outliers : words.value_note);
     setText(note, hints.join(" · "));
   };
 };

@@ -23,17 +23,20 @@ KVLens.speedPanel = (root) => {
     table.replaceChildren(head, ...rows);
   }
 
+  // A second lane of the same method has the same colour: its line is dotted.
+  const isTwin = (lanes, index) => lanes.slice(0, index).some((other) => other.method === lanes[index].method);
+
   function drawPlot(payload) {
     let end = 16;
     const all = [];
-    const traces = payload.lanes.map((lane) => {
+    const traces = payload.lanes.map((lane, index) => {
       const x = Array.from(KVLens.decode(lane.speed.tokens));
       const y = Array.from(KVLens.decode(lane.speed.speed));
       end = Math.max(end, KVLens.steadyEnd(0, x[x.length - 1] || 0));
       all.push(...y);
       return {
         type: "scatter", mode: x.length < 16 ? "lines+markers" : "lines", x, y, name: KVLens.escape(lane.name), hovertemplate: "%{y:.1f} tok/s",
-        line: { color: colours.method(lane.method), width: 2 },
+        line: { color: colours.method(lane.method), width: 2, dash: isTwin(payload.lanes, index) ? "dot" : "solid" },
       };
     });
     // A rare hiccup of the clock must not flatten the curve: the axis ends above what nearly all blocks reach.

@@ -143,6 +143,7 @@ KVLens.statusLine = (component) => {
     replay.hidden = payload.state !== "recorded";
     root.classList.toggle("kv-is-recorded", isRecorded);
     setText(notice, (payload.notices || []).join("  "));
+    root.classList.toggle("kv-has-notice", notice.textContent !== "");
   });
 };
 

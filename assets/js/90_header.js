@@ -119,7 +119,8 @@ KVLens.header = (component) => {
     const used = payload?.context?.used || 0;
     context.set(limit ? used / limit : 0,
       limit ? KVLens.fill(words.context_used, { used: units.count(used), limit: units.count(limit) }) : "");
-    const caches = payload?.budget;
+    const caches = payload?.budget ?? drawContext.lastBudget;
+    drawContext.lastBudget = caches;
     budget.box.hidden = !caches;
     if (caches) {
       budget.set(caches.used / caches.limit,
