@@ -16,7 +16,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.kernels.dense_attend import chosen_path, dense_attend
+from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare
 
 BLOCK_TOKENS = 256
 """Buffers grow in steps of at least this many tokens."""
@@ -60,6 +60,7 @@ class DenseCache(KVCache):
         self._keys = [self._grown(layer, self._keys, capacity) for layer in range(self.shape.num_layers)]
         self._values = [self._grown(layer, self._values, capacity) for layer in range(self.shape.num_layers)]
         self._capacity = capacity
+        prepare(self._keys[0], num_query_heads=self.shape.num_query_heads)
 
     def _grown(self, layer: int, buffers: list[torch.Tensor], capacity: int) -> torch.Tensor:
         shape = self.shape

@@ -35,20 +35,19 @@ def dense_attend(
     """
     if query.shape[1] % keys.shape[1] != 0:
         raise ValueError(f"query heads must be a multiple of {keys.shape[1]}; got {query.shape[1]}")
-    name = fastest(_problem(query, keys, longest))
+    name = fastest(_problem(keys, query.shape[1], longest))
     _chosen[str(query.device)] = name
     return paths.PATHS[name](query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged)
 
 
-def prepare(
-    *, batch_size: int, num_query_heads: int, num_kv_heads: int, head_dim: int, longest: int,
-    query_dtype: torch.dtype, cache_dtype: torch.dtype, device: torch.device,
-) -> None:  # fmt: skip
-    """Measure the candidates for every length up to `longest`, so that no step has to."""
+def prepare(keys: torch.Tensor, *, num_query_heads: int) -> None:
+    """Measure the paths for every length that buffers like `keys` can hold, so that no step has to.
+
+    Shapes: keys `[B, HK, capacity, D]`.
+    """
     for limit in _LENGTHS:
-        fastest(Problem(batch_size, num_query_heads, num_kv_heads, head_dim, limit,
-                        query_dtype, cache_dtype, str(device)))  # fmt: skip
-        if limit >= longest:
+        fastest(_problem(keys, num_query_heads, limit))
+        if limit >= keys.shape[2]:
             break
 
 
@@ -57,9 +56,7 @@ def chosen_path(device: torch.device) -> str:
     return paths.DESCRIPTIONS.get(_chosen.get(str(device), ""), "")
 
 
-def _problem(query: torch.Tensor, keys: torch.Tensor, longest: int) -> Problem:
+def _problem(keys: torch.Tensor, num_query_heads: int, longest: int) -> Problem:
+    batch_size, num_kv_heads, _, head_dim = keys.shape
     limit = next((limit for limit in _LENGTHS if limit >= longest), _LENGTHS[-1])
-    return Problem(
-        query.shape[0], query.shape[1], keys.shape[1], query.shape[2], limit,
-        query.dtype, keys.dtype, str(query.device),
-    )  # fmt: skip
+    return Problem(batch_size, num_query_heads, num_kv_heads, head_dim, limit, keys.dtype, str(keys.device))

@@ -21,8 +21,7 @@ class Problem:
     num_kv_heads: int
     head_dim: int
     num_tokens: int
-    query_dtype: torch.dtype
-    cache_dtype: torch.dtype
+    dtype: torch.dtype
     device: str
 
 
@@ -30,12 +29,13 @@ class Problem:
 def fastest(problem: Problem) -> str:
     """The name of the path with the least median time on random tensors of this shape."""
     shape = (problem.batch_size, problem.num_kv_heads, problem.num_tokens, problem.head_dim)
-    options = {"device": problem.device, "dtype": problem.cache_dtype}
+    options = {"device": problem.device, "dtype": problem.dtype}
     keys, values = torch.randn(shape, **options), torch.randn(shape, **options)
-    query = torch.randn(
-        problem.batch_size, problem.num_query_heads, problem.head_dim,
-        device=problem.device, dtype=problem.query_dtype,
-    )  # fmt: skip
+    # A model on a CPU computes in fp32; elsewhere in the dtype of its cache.
+    query_dtype = torch.float32 if torch.device(problem.device).type == "cpu" else problem.dtype
+    query = torch.randn(problem.batch_size, problem.num_query_heads, problem.head_dim, device=problem.device).to(
+        query_dtype
+    )
     length = torch.full((problem.batch_size,), problem.num_tokens, dtype=torch.int32, device=problem.device)
     times: dict[str, list[float]] = {name: [] for name in PATHS}
     for measured in [False] + [True] * _ROUNDS:
