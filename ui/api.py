@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 
-from kvlens.engine.compare import Comparison, LaneSpec
 from kvlens.engine.errors import EngineError
 from kvlens.engine.estimate import bits_per_value, estimate
 from kvlens.engine.shape import ModelShape
@@ -15,7 +14,7 @@ from kvlens.ui import controls, text
 from kvlens.ui.address import make_sampling
 from kvlens.ui.models import ModelHub
 from kvlens.ui.payload import lane_figures
-from kvlens.ui.runner import Pace, options_for
+from kvlens.ui.runner import Pace, lane_specs, options_for
 
 UPDATE_SECONDS = 0.25
 MODEL_WAIT_SECONDS = 600
@@ -72,7 +71,7 @@ def describe_run(log: RunLog) -> dict[str, Any]:
     }
 
 
-def _lanes(lanes: dict | None) -> list[LaneSpec]:
+def _lanes(lanes: dict | None):
     if not lanes:
         choices = {lane_id: controls.default_choice(lane_id) for lane_id in controls.LANES}
     else:
@@ -80,7 +79,7 @@ def _lanes(lanes: dict | None) -> list[LaneSpec]:
             str(lane_id): controls.make_choice(str(entry["method"]), entry.get("config"))
             for lane_id, entry in lanes.items()
         }
-    return [LaneSpec(lane_id, choice.method, choice.config) for lane_id, choice in choices.items()]
+    return lane_specs(choices)
 
 
 def compare_with(hub: ModelHub):
@@ -102,6 +101,8 @@ def compare_with(hub: ModelHub):
         comparison = None
         try:
             model = _ready(hub)
+            from kvlens.engine.compare import Comparison
+
             sampling = make_sampling(
                 {"system_prompt": system_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature,
                  "top_p": top_p, "seed": seed}

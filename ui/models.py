@@ -4,15 +4,17 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError
 from kvlens.engine.measure import machine_memory
-from kvlens.engine.model import LoadedModel, load_model
 from kvlens.ui import text
+
+if TYPE_CHECKING:
+    from kvlens.engine.model import LoadedModel
 
 DEVICE_SHARE = 0.7
 MACHINE_SHARE = 0.25
@@ -29,12 +31,19 @@ class ModelRequest:
     budget_bytes: int | None = None
 
 
-def budget_bytes(model: LoadedModel) -> int:
+def budget_bytes(model: "LoadedModel") -> int:
     """What all caches together may take if nobody says: a share of what the device or the machine has."""
     total = machine_memory(model.device).device_total_bytes
     if total is not None:
         return int(DEVICE_SHARE * max(0, total - model.weight_bytes))
     return int(MACHINE_SHARE * psutil.virtual_memory().total)
+
+
+def load_with_engine(name: str | None, **options) -> "LoadedModel":
+    """The engine's `load_model`, imported only now: that takes seconds, and the page answers before."""
+    from kvlens.engine.model import load_model
+
+    return load_model(name, **options)
 
 
 def parse_offer(offer: str | None) -> list[str] | None:
@@ -54,8 +63,8 @@ class ModelHub:
 
     request: ModelRequest
     offered: Sequence[str] | None = None
-    load: Callable[..., LoadedModel] = load_model
-    model: LoadedModel | None = None
+    load: Callable[..., Any] = load_with_engine
+    model: "LoadedModel | None" = None
     progress: str = ""
     problem: str = ""
     is_loading: bool = False
@@ -72,7 +81,7 @@ class ModelHub:
         with suppress(EngineError):  # told on the page through `problem`
             self.change(self.request.name)
 
-    def change(self, name: str | None) -> LoadedModel:
+    def change(self, name: str | None) -> "LoadedModel":
         """Load `name` and serve it; on a fault the present model stays. Raises: EngineError."""
         label = name or "the built-in model"
         self._tell(progress=text.MODEL_LOADING.format(name=label), problem="", is_loading=True)

@@ -1,24 +1,28 @@
 """A run from ticket to recording: the engine's growing log as a stream of page updates.
 
-The engine works between our updates, never beside them: a step's clock does not see the screen.
+The engine works between our updates, never beside them: a step's clock does not see the screen. It is
+imported when the first run starts, not with this module: that takes seconds, and the page answers before.
 """
 
 import datetime
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from kvlens.engine.budget import MemoryBudget
-from kvlens.engine.compare import Comparison, LaneSpec, RunOptions
 from kvlens.engine.errors import EngineError
-from kvlens.engine.model import LoadedModel
 from kvlens.engine.trace import RunLog
 from kvlens.ui import controls, frames, text
 from kvlens.ui.address import Sampling
 from kvlens.ui.payload import Scene, build
 from kvlens.ui.recording import Recorder, Recording
 from kvlens.ui.session import Session, Ticket, Turn
+
+if TYPE_CHECKING:
+    from kvlens.engine.compare import Comparison, LaneSpec, RunOptions
+    from kvlens.engine.model import LoadedModel
 
 log_book = logging.getLogger("kvlens.ui")
 
@@ -50,15 +54,19 @@ class Pace:
         return True
 
 
-def comparison_of(session: Session, model: LoadedModel, budget: MemoryBudget | None) -> Comparison:
+def comparison_of(session: Session, model: "LoadedModel", budget: MemoryBudget | None) -> "Comparison":
     """The visitor's lanes with their caches of earlier turns; new ones for a new model."""
+    from kvlens.engine.compare import Comparison
+
     if session.comparison is None or session.comparison.model is not model:
         session.free()
         session.comparison = Comparison(model, budget=budget)
     return session.comparison
 
 
-def options_for(sampling: Sampling, probed_layer: int) -> RunOptions:
+def options_for(sampling: Sampling, probed_layer: int) -> "RunOptions":
+    from kvlens.engine.compare import RunOptions
+
     return RunOptions(
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -68,7 +76,13 @@ def options_for(sampling: Sampling, probed_layer: int) -> RunOptions:
     )
 
 
-def probed_layer(session: Session, model: LoadedModel) -> int:
+def lane_specs(lanes: Mapping[str, controls.LaneChoice]) -> "list[LaneSpec]":
+    from kvlens.engine.compare import LaneSpec
+
+    return [LaneSpec(lane_id, choice.method, choice.config) for lane_id, choice in lanes.items()]
+
+
+def probed_layer(session: Session, model: "LoadedModel") -> int:
     """The layer that the visitor chose for the microscope, or one in the middle."""
     chosen = session.view.layer
     return model.shape.num_layers // 2 if chosen is None else min(chosen, model.shape.num_layers - 1)
@@ -78,7 +92,7 @@ def today() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def run(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudget | None = None) -> Iterator[Update]:
+def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBudget | None = None) -> Iterator[Update]:
     """Answer a ticket's prompt in all lanes. Expected faults end it with a sentence on the page."""
     scene = Scene(
         state="reading",
@@ -117,8 +131,8 @@ def conversations(session: Session) -> list[frames.Messages]:
     return [frames.conversation(session.turns, lane_id) for lane_id in controls.LANES]
 
 
-def _steps(session: Session, ticket: Ticket, model: LoadedModel, budget: MemoryBudget | None) -> Iterator[RunLog]:
-    lanes = [LaneSpec(lane_id, choice.method, choice.config) for lane_id, choice in ticket.lanes.items()]
+def _steps(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBudget | None) -> Iterator[RunLog]:
+    lanes = lane_specs(ticket.lanes)
     messages = {
         lane_id: session.messages(lane_id, ticket.sampling.system_prompt, ticket.prompt) for lane_id in ticket.lanes
     }

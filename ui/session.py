@@ -9,12 +9,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvlens.engine.compare import Comparison
 from kvlens.ui.address import Sampling
 from kvlens.ui.controls import LaneChoice
 from kvlens.ui.heat import View
 from kvlens.ui.recording import Recording
+
+if TYPE_CHECKING:
+    from kvlens.engine.compare import Comparison
 
 MAX_SESSIONS = 64
 CACHE_IDLE_SECONDS = 10 * 60
@@ -55,7 +58,7 @@ class Session:
     view: View = field(default_factory=View)
     recording: Recording | None = None
     is_own_run: bool = False
-    comparison: Comparison | None = None
+    comparison: "Comparison | None" = None
     last_seen: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
