@@ -1,16 +1,18 @@
 """Lanes: turns, reuse, stops, and what is left behind."""
 
+import gc
 import threading
 
 import pytest
+import torch
 
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.compare import Comparison, RunOptions
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory
 from kvlens.engine.generate import generate
 from kvlens.engine.lane import LaneSpec
-from kvlens.engine.methods.dense import DenseConfig
-from kvlens.engine.methods.kivi import KiviConfig
+from kvlens.engine.methods.dense import DenseCache, DenseConfig
+from kvlens.engine.methods.kivi import KiviCache, KiviConfig
 from kvlens.engine.trace import LaneLog, MachineMemory, RunLog, StepTrace
 
 DENSE = LaneSpec("a", "dense", DenseConfig())
@@ -179,3 +181,35 @@ def test_the_token_where_answers_part():
     assert record_of(([1, 2, 3], None), ([1, 5, 3], None)).first_difference == 1
     assert record_of(([1, 2], "end"), ([1, 2, 3], None)).first_difference == 2
     assert record_of(([1, 2], None), ([1, 2, 3], None)).first_difference is None
+
+
+def test_a_device_that_runs_out_of_memory_frees_the_caches_and_the_next_run_works(tiny_model, monkeypatch):
+    budget, calls = MemoryBudget(), []
+    comparison = Comparison(tiny_model, budget=budget)
+    forward = tiny_model.network.forward
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(tiny_model.network, "forward", failing)
+    with pytest.raises(OutOfMemory, match="ran out of memory, and the caches of this chat were freed"):
+        last(comparison.run([user("u" * 100)], [DENSE, KIVI]))
+    assert budget.used_bytes == 0
+    assert last(comparison.run([user("u" * 100)], [DENSE, KIVI], RunOptions(max_new_tokens=4))).lanes[0].finish
+
+
+def test_no_memory_stays_behind_after_many_stopped_runs(tiny_model):
+    budget = MemoryBudget()
+    for _ in range(5):
+        comparison = Comparison(tiny_model, budget=budget)
+        runs = comparison.run([user("t" * 100)], [DENSE, KIVI])
+        for _ in range(6):
+            next(runs)
+        runs.close()
+        comparison.free()
+    assert budget.used_bytes == 0
+    caches = [each for each in gc.get_objects() if type(each) in (DenseCache, KiviCache) and each.budget is budget]
+    assert not any(cache.footprint().reserved_bytes for cache in caches)

@@ -1,7 +1,11 @@
 """Loading: every family through the same door, and a sentence for whatever cannot be served."""
 
+import errno
+from unittest.mock import MagicMock
+
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from kvlens.engine.errors import ModelError
 from kvlens.engine.model import load_model
@@ -81,3 +85,29 @@ def test_a_template_that_refuses_is_a_sentence(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ModelError, match="roles must alternate"):
         tiny_model.render_chat([{"role": "user", "content": "x"}])
+
+
+def _raise(error: Exception):
+    def load(*_, **__):
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full: .* cannot be stored"),
+        (
+            OSError("it has no file named config.json\nmore lines"),
+            "cannot be loaded: it has no file named config.json$",
+        ),
+        (GatedRepoError("restricted", response=MagicMock()), "is gated: accept its terms"),
+        (RepositoryNotFoundError("404", response=MagicMock()), "no model called"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "does not fit the memory of this device"),
+    ],
+)
+def test_faults_of_a_download_are_sentences(error, message, tiny_folder, monkeypatch):
+    monkeypatch.setattr("kvlens.engine.model.AutoModelForCausalLM.from_pretrained", _raise(error))
+    with pytest.raises(ModelError, match=message):
+        load_model(tiny_folder, device="cpu")
