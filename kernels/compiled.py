@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -23,6 +24,10 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
+        """Raises: ValueError for tensors on the CPU, unless Triton interprets."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        if device.type == "cpu" and not triton.knobs.runtime.interpret:
+            raise ValueError("a Triton kernel needs tensors on a GPU (or TRITON_INTERPRET=1); got them on the CPU")
         self.kernel[self.grid](**self.arguments)
 
     def compile(self, arch: int) -> Any:

@@ -30,13 +30,13 @@ def _read_packed(
 
 
 @triton.jit
-def _read_exact(ring_ptr, in_ring, sinks_ptr, in_sinks, offs_d, T: tl.constexpr):
+def _read_exact(ring_ptr, in_ring, sinks_ptr, in_sinks, offs_d, TILING: tl.constexpr):
     """Exact tokens `[tokens, CHUNK]`, 0 where they are packed. The pointers are `[tokens]`."""
-    mask_d = (offs_d < T.head_dim)[None, :]
+    mask_d = (offs_d < TILING.head_dim)[None, :]
     rows = tl.load(ring_ptr[:, None] + offs_d[None, :], mask=in_ring[:, None] & mask_d, other=0.0)
-    if T.num_sinks > 0:
+    if TILING.num_sinks > 0:
         rows += tl.load(sinks_ptr[:, None] + offs_d[None, :], mask=in_sinks[:, None] & mask_d, other=0.0)
-    return rows.to(T.exact_dtype)
+    return rows.to(TILING.exact_dtype)
 
 
 @triton.jit
@@ -46,67 +46,67 @@ def attend_exact(
     value_codes_ptr, value_scale_ptr, value_minimum_ptr, stride_value_codes_page, stride_value_scale_page,
     keys_ptr, values_ptr, sink_keys_ptr, sink_values_ptr,
     stride_key_token, stride_value_token, stride_sink_key_token, stride_sink_value_token,
-    T: tl.constexpr,
+    TILING: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of one part's tokens, and its outputs, not yet divided by the sum.
 
     Shapes: query_ptr and mask_n `[N]`, each head's query; maximum, total `[N]`; outputs, a tuple of
     `[CHUNK, N]`: consecutive channels.
     """
-    CHUNK: tl.constexpr = T.exact_channels
-    NUM_CHUNKS: tl.constexpr = T.block_d // T.exact_channels
-    NUM_TOKENS: tl.constexpr = T.exact_tokens
-    NUM_HEADS: tl.constexpr = T.block_heads
+    CHUNK: tl.constexpr = TILING.exact_channels
+    NUM_CHUNKS: tl.constexpr = TILING.block_d // TILING.exact_channels
+    NUM_TOKENS: tl.constexpr = TILING.exact_tokens
+    NUM_HEADS: tl.constexpr = TILING.block_heads
     num_packed = tl.minimum(num_keys, num_values)
     offs_t = part * NUM_TOKENS + tl.arange(0, NUM_TOKENS)
-    token = tl.where(offs_t < T.num_sinks, offs_t, offs_t + num_packed)
+    token = tl.where(offs_t < TILING.num_sinks, offs_t, offs_t + num_packed)
     mask_t = token < length
-    in_sinks = mask_t & (offs_t < T.num_sinks)
-    place = token - T.num_sinks  # among the packed tokens, if it is one
+    in_sinks = mask_t & (offs_t < TILING.num_sinks)
+    place = token - TILING.num_sinks  # among the packed tokens, if it is one
     has_packed_key = mask_t & (place >= num_packed) & (place < num_keys)
     has_packed_value = mask_t & (place >= num_packed) & (place < num_values)
-    first_place = num_packed + tl.maximum(part * NUM_TOKENS - T.num_sinks, 0)
+    first_place = num_packed + tl.maximum(part * NUM_TOKENS - TILING.num_sinks, 0)
     page = tl.load(
-        page_table_ptr + place // T.page_tokens, mask=has_packed_key | has_packed_value, other=0
+        page_table_ptr + place // TILING.page_tokens, mask=has_packed_key | has_packed_value, other=0
     ).to(tl.int64)[:, None]  # fmt: skip
-    place_in_page = (place % T.page_tokens)[:, None]
+    place_in_page = (place % TILING.page_tokens)[:, None]
 
     scores = tl.zeros((NUM_TOKENS, NUM_HEADS), tl.float32)
-    ring_ptr = keys_ptr + (token % T.key_ring).to(tl.int64) * stride_key_token
+    ring_ptr = keys_ptr + (token % TILING.key_ring).to(tl.int64) * stride_key_token
     sinks_ptr = sink_keys_ptr + token.to(tl.int64) * stride_sink_key_token
     for chunk in tl.static_range(NUM_CHUNKS):
         offs_d = chunk * CHUNK + tl.arange(0, CHUNK)
-        mask_d = offs_d < T.head_dim
+        mask_d = offs_d < TILING.head_dim
         query = tl.load(query_ptr[None, :] + offs_d[:, None], mask=mask_n[None, :] & mask_d[:, None], other=0.0)
-        keys = _read_exact(ring_ptr, mask_t & (place >= num_keys), sinks_ptr, in_sinks, offs_d, T)
-        scores = dot(keys, query.to(T.exact_dtype), scores)
+        keys = _read_exact(ring_ptr, mask_t & (place >= num_keys), sinks_ptr, in_sinks, offs_d, TILING)
+        scores = dot(keys, query.to(TILING.exact_dtype), scores)
         if first_place < num_keys:
             packed_keys = _read_packed(
                 key_codes_ptr + page * stride_key_codes_page, key_scale_ptr + page * stride_key_scale_page,
                 key_minimum_ptr + page * stride_key_scale_page, offs_d[None, :], place_in_page,
-                has_packed_key[:, None] & mask_d[None, :], T.page_tokens, T.key_bits, T.key_group_size,
+                has_packed_key[:, None] & mask_d[None, :], TILING.page_tokens, TILING.key_bits, TILING.key_group_size,
             )  # fmt: skip
-            scores = dot(packed_keys.to(T.packed_dtype), query.to(T.packed_dtype), scores)
+            scores = dot(packed_keys.to(TILING.packed_dtype), query.to(TILING.packed_dtype), scores)
     scores = tl.where(mask_t[:, None], scores * scaling, float("-inf"))
     maximum = tl.maximum(tl.max(scores, axis=0), -1e30)
     probabilities = tl.exp2(scores - maximum[None, :])
     total = tl.sum(probabilities, axis=0)
 
     outputs = ()
-    ring_ptr = values_ptr + (token % T.value_ring).to(tl.int64) * stride_value_token
+    ring_ptr = values_ptr + (token % TILING.value_ring).to(tl.int64) * stride_value_token
     sinks_ptr = sink_values_ptr + token.to(tl.int64) * stride_sink_value_token
     for chunk in tl.static_range(NUM_CHUNKS):
         offs_d = chunk * CHUNK + tl.arange(0, CHUNK)
-        values = _read_exact(ring_ptr, mask_t & (place >= num_values), sinks_ptr, in_sinks, offs_d, T)
-        output = dot(tl.trans(values), probabilities.to(T.exact_dtype))
+        values = _read_exact(ring_ptr, mask_t & (place >= num_values), sinks_ptr, in_sinks, offs_d, TILING)
+        output = dot(tl.trans(values), probabilities.to(TILING.exact_dtype))
         if first_place < num_values:
             packed_values = _read_packed(
                 value_codes_ptr + page * stride_value_codes_page,
                 value_scale_ptr + page * stride_value_scale_page,
                 value_minimum_ptr + page * stride_value_scale_page, place_in_page, offs_d[None, :],
-                has_packed_value[:, None] & (offs_d < T.head_dim)[None, :],
-                T.head_dim, T.value_bits, T.value_group_size,
+                has_packed_value[:, None] & (offs_d < TILING.head_dim)[None, :],
+                TILING.head_dim, TILING.value_bits, TILING.value_group_size,
             )  # fmt: skip
-            output = dot(tl.trans(packed_values.to(T.packed_dtype)), probabilities.to(T.packed_dtype), output)
+            output = dot(tl.trans(packed_values.to(TILING.packed_dtype)), probabilities.to(TILING.packed_dtype), output)
         outputs += (output,)
     return maximum, total, outputs

@@ -11,30 +11,35 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.packed_attend import ExactTokens, PackedPast
+from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 DOT_ROWS = 16  # the least that a tensor-core product takes
+SPLITS = (1, 2, 4, 8, 16)  # groups of a page or token that are parted in registers
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is chosen by measurement. `programs` is how many run at once on a multiprocessor."""
+    """What is chosen by measurement, not by shapes. One warp a program: no two share a product's rows."""
 
-    num_stages: int
-    programs: int
-    exact_tokens: int = 16
+    num_stages: int  # tiles in flight
+    programs: int  # that run at once on a multiprocessor
+    exact_tokens: int = 16  # that one program reads
+    exact_channels: int = 32  # that it takes at a time
 
 
-# By (compute capability, bits of the keys, head dim); the first line that fits is taken.
+# The least compute capability that a line is for, bits of the keys and head dim (None: any); the first that
+# fits is taken. 86 to 89 and 120 have 100 KiB of shared memory a multiprocessor, 80 and 90 more.
 CONFIGURATIONS = (
-    ((80, 2, 128), Configuration(num_stages=3, programs=8)),
+    ((120, None, None), Configuration(num_stages=2, programs=8)),
     ((90, 2, 128), Configuration(num_stages=3, programs=8)),
     ((90, 4, 128), Configuration(num_stages=3, programs=8)),
-    ((120, 2, 128), Configuration(num_stages=2, programs=6)),
-    ((120, 4, 128), Configuration(num_stages=2, programs=4)),
+    ((90, None, None), Configuration(num_stages=2, programs=8)),
+    ((81, None, None), Configuration(num_stages=2, programs=8)),
+    ((80, 2, 128), Configuration(num_stages=3, programs=8)),
+    ((80, None, None), Configuration(num_stages=2, programs=8)),
 )
-OTHERWISE = Configuration(num_stages=2, programs=8)
+INTERPRETED = Configuration(num_stages=1, programs=1, exact_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,16 @@ class Tiling:
     tile_words: int
     tile_tokens: int
     is_tile_in_page: bool
-    is_tile_page: bool
     folds_keys: bool  # each run of a tile lies in one group of tokens of one page
     folds_values: bool  # each slot of a token lies in one group of channels
     splits_key_scales: bool  # a tile's scales and minima are loaded in one piece, then parted by group
     splits_value_scales: bool
     key_minima_step: int  # the minima of group g meet the tensor cores in row g * step
     value_minima_step: int
+    # Masks that are not known to hold
     masks_channels: bool
+    masks_key_words: bool
+    masks_value_words: bool
     # Blocks: sizes padded for the tensor cores
     block_d: int
     block_heads: int
@@ -93,38 +100,64 @@ class Tiling:
     is_interpreted: bool
 
 
-def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> Tiling:
-    """The tiling for these tensors. It depends on their shapes, dtypes and device only."""
-    layout, head_dim, num_kv_heads = past.layout, query.shape[-1], exact.keys.shape[1]
-    configuration = _configuration(query.device, layout.key_bits, head_dim)
-    heads_per_kv = query.shape[1] // num_kv_heads
+def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, arch: int | None = None) -> Tiling:
+    """The tiling for these tensors, from their shapes, dtypes and device alone.
+
+    `arch` asks for the one of a compute capability that is not here. Raises: ValueError below 80.
+    """
+    return _tiling(
+        past.layout,
+        query.dtype,
+        query.dtype == exact.keys.dtype == exact.values.dtype,
+        *query.shape,
+        exact.keys.shape[1],
+        past.page_table.shape[1],
+        (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
+        arch or _arch(query.device),
+        _num_multiprocessors(query.device),
+    )
+
+
+@cache
+def _tiling(
+    layout: PageLayout,
+    dtype: torch.dtype,
+    is_one_dtype: bool,
+    batch: int,
+    num_query_heads: int,
+    head_dim: int,
+    num_kv_heads: int,
+    num_pages: int,
+    capacities: tuple[int, int, int],
+    arch: int,
+    num_multiprocessors: int,
+) -> Tiling:
+    configuration = _configuration(arch, layout.key_bits, head_dim)
+    heads_per_kv = num_query_heads // num_kv_heads
     block_heads = 8 if heads_per_kv <= 8 else 16
     head_blocks = triton.cdiv(heads_per_kv, block_heads)
 
     group_size = layout.key_group_size
     key_slots, value_slots = 16 // layout.key_bits, 16 // layout.value_bits
     key_words, value_words = layout.page_tokens // key_slots, head_dim // value_slots
+    key_groups, value_groups = layout.page_tokens // group_size, head_dim // layout.value_group_size
     tile_words = DOT_ROWS
     is_tile_in_page = key_words % tile_words == 0
-    is_tile_page = key_words == tile_words
-    key_groups, value_groups = layout.page_tokens // group_size, head_dim // layout.value_group_size
     is_run_in_group = group_size % tile_words == 0 and 0 in (group_size % key_words, key_words % group_size)
-
     folds_keys = is_tile_in_page and is_run_in_group
     folds_values = layout.value_group_size % value_words == 0
-    splits_key_scales = folds_keys and group_size % key_words == 0 and key_groups in (1, 2, 4, 8, 16)
-    splits_value_scales = folds_values and is_tile_in_page and value_groups in (1, 2, 4, 8, 16)
+    splits_key_scales = folds_keys and group_size % key_words == 0 and key_groups in SPLITS
+    splits_value_scales = folds_values and is_tile_in_page and value_groups in SPLITS
 
-    num_tiles = triton.cdiv(past.page_table.shape[1] * key_words, tile_words)
-    num_programs = query.shape[0] * num_kv_heads * head_blocks
-    num_splits = triton.cdiv(_num_programs(query.device, configuration), max(1, num_programs))
-    num_splits = min(num_tiles, num_splits, 256)
-    rings = exact.keys.shape[2], exact.values.shape[2]
-    num_exact_parts = triton.cdiv(exact.sink_keys.shape[2] + max(rings), configuration.exact_tokens)
+    num_sinks, key_ring, value_ring = capacities
+    num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), configuration.exact_tokens)
+    num_tiles = triton.cdiv(num_pages * key_words, tile_words)
+    num_programs = 2 * configuration.programs * num_multiprocessors  # two waves
+    num_splits = triton.cdiv(num_programs, max(1, batch * num_kv_heads * head_blocks))
+    num_splits = max(1, min(num_splits, num_tiles, 256))
 
     is_interpreted = triton.knobs.runtime.interpret
-    is_one_dtype = query.dtype == exact.keys.dtype == exact.values.dtype
-    exact_dtype = DTYPES[query.dtype] if is_one_dtype else tl.float32
+    exact_dtype = DTYPES[dtype] if is_one_dtype else tl.float32
     if is_interpreted and exact_dtype == tl.bfloat16:
         exact_dtype = tl.float32  # the interpreter's bf16 products are wrong
     return Tiling(
@@ -132,9 +165,9 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> Tili
         num_kv_heads=num_kv_heads,
         heads_per_kv=heads_per_kv,
         page_tokens=layout.page_tokens,
-        num_sinks=exact.sink_keys.shape[2],
-        key_ring=max(1, rings[0]),
-        value_ring=max(1, rings[1]),
+        num_sinks=num_sinks,
+        key_ring=max(1, key_ring),
+        value_ring=max(1, value_ring),
         key_bits=layout.key_bits,
         key_slots=key_slots,
         key_words=key_words,
@@ -148,7 +181,6 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> Tili
         tile_words=tile_words,
         tile_tokens=tile_words * key_slots,
         is_tile_in_page=is_tile_in_page,
-        is_tile_page=is_tile_page,
         folds_keys=folds_keys,
         folds_values=folds_values,
         splits_key_scales=splits_key_scales,
@@ -156,6 +188,8 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> Tili
         key_minima_step=DOT_ROWS // key_groups if splits_key_scales else 1,
         value_minima_step=DOT_ROWS // value_groups if splits_value_scales else 1,
         masks_channels=_padded(head_dim) != head_dim,
+        masks_key_words=_padded(head_dim) != head_dim or not is_tile_in_page,
+        masks_value_words=_padded(value_words) != value_words or not is_tile_in_page,
         block_d=_padded(head_dim),
         block_heads=block_heads,
         block_key_groups=_padded(key_groups),
@@ -166,9 +200,9 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> Tili
         num_splits=num_splits,
         num_parts=num_exact_parts + num_splits,
         exact_tokens=configuration.exact_tokens,
-        exact_channels=min(32, _padded(head_dim)),
+        exact_channels=min(configuration.exact_channels, _padded(head_dim)),
         num_stages=configuration.num_stages,
-        packed_dtype=tl.float32 if query.dtype == torch.float32 else tl.float16,
+        packed_dtype=tl.float32 if dtype == torch.float32 else tl.float16,
         exact_dtype=exact_dtype,
         is_interpreted=is_interpreted,
     )
@@ -178,20 +212,23 @@ def _padded(size: int) -> int:
     return max(DOT_ROWS, triton.next_power_of_2(size))
 
 
-def _configuration(device: torch.device, key_bits: int, head_dim: int) -> Configuration:
-    arch = 90
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = 10 * major + minor
+def _configuration(arch: int, key_bits: int, head_dim: int) -> Configuration:
+    if triton.knobs.runtime.interpret:
+        return INTERPRETED
     for (least_arch, bits, dim), configuration in CONFIGURATIONS:
-        if arch >= least_arch and key_bits == bits and head_dim == dim:
+        if arch >= least_arch and bits in (None, key_bits) and dim in (None, head_dim):
             return configuration
-    return OTHERWISE
+    raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
 
 
 @cache
-def _num_programs(device: torch.device, configuration: Configuration) -> int:
-    """Programs that keep the device busy: two waves of them."""
+def _arch(device: torch.device) -> int:
     if device.type != "cuda":
-        return 8
-    return 2 * configuration.programs * torch.cuda.get_device_properties(device).multi_processor_count
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -48,13 +48,13 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _store_part(
     output_ptr, log_sum_exp_ptr, mask_n, maximum, total, outputs,
-    NUM_BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Store a part: outputs, NUM_BLOCKS blocks of (at least) CHANNELS channels `[C, N]`, divided by total."""
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     for block in tl.static_range(NUM_BLOCKS):
         offs_c = tl.arange(0, outputs[block].shape[0])
-        mask_c = (offs_c < CHANNELS) & (block * CHANNELS + offs_c < T.head_dim)
+        mask_c = (offs_c < CHANNELS) & (block * CHANNELS + offs_c < TILING.head_dim)
         tl.store(
             output_ptr[None, :] + (block * CHANNELS + offs_c)[:, None], outputs[block] * share[None, :],
             mask=mask_n[None, :] & mask_c[:, None],
@@ -73,17 +73,17 @@ def _attend_kernel(
     stride_key_row, stride_key_head, stride_key_token, stride_value_row, stride_value_head, stride_value_token,
     stride_sink_key_row, stride_sink_key_head, stride_sink_key_token,
     stride_sink_value_row, stride_sink_value_head, stride_sink_value_token,
-    T: tl.constexpr,
+    TILING: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of the query heads that share a key/value head."""
-    head_block = tl.program_id(0) % T.head_blocks
-    head = (tl.program_id(0) // T.head_blocks % T.num_kv_heads).to(tl.int64)
-    row = (tl.program_id(0) // (T.head_blocks * T.num_kv_heads)).to(tl.int64)
+    head_block = tl.program_id(0) % TILING.head_blocks
+    head = (tl.program_id(0) // TILING.head_blocks % TILING.num_kv_heads).to(tl.int64)
+    row = (tl.program_id(0) // (TILING.head_blocks * TILING.num_kv_heads)).to(tl.int64)
     part = tl.program_id(1)
 
-    offs_n = head_block * T.block_heads + tl.arange(0, T.block_heads)
-    mask_n = offs_n < T.heads_per_kv
-    query_head = head * T.heads_per_kv + offs_n
+    offs_n = head_block * TILING.block_heads + tl.arange(0, TILING.block_heads)
+    mask_n = offs_n < TILING.heads_per_kv
+    query_head = head * TILING.heads_per_kv + offs_n
     query_ptr = query_ptr + row * stride_query_row + query_head * stride_query_head
     num_keys = tl.load(num_keys_ptr + row)
     num_values = tl.load(num_values_ptr + row)
@@ -94,11 +94,11 @@ def _attend_kernel(
     value_codes_ptr += head * stride_value_codes_head
     value_scale_ptr += head * stride_value_scale_head
     value_minimum_ptr += head * stride_value_scale_head
-    part_head = (row * T.num_kv_heads * T.heads_per_kv + query_head) * T.num_parts + part
-    part_output_ptr = part_output_ptr + part_head * T.head_dim
+    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * TILING.num_parts + part
+    part_output_ptr = part_output_ptr + part_head * TILING.head_dim
     part_log_sum_exp_ptr = part_log_sum_exp_ptr + part_head
 
-    if part < T.num_exact_parts:
+    if part < TILING.num_exact_parts:
         maximum, total, chunks = attend_exact(
             query_ptr, mask_n, scaling, num_keys, num_values, tl.load(length_ptr + row), part, page_table_ptr,
             key_codes_ptr, key_scale_ptr, key_minimum_ptr, stride_key_codes_page, stride_key_scale_page,
@@ -108,23 +108,23 @@ def _attend_kernel(
             values_ptr + row * stride_value_row + head * stride_value_head,
             sink_keys_ptr + row * stride_sink_key_row + head * stride_sink_key_head,
             sink_values_ptr + row * stride_sink_value_row + head * stride_sink_value_head,
-            stride_key_token, stride_value_token, stride_sink_key_token, stride_sink_value_token, T,
+            stride_key_token, stride_value_token, stride_sink_key_token, stride_sink_value_token, TILING,
         )  # fmt: skip
         _store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, chunks,
-            T.block_d // T.exact_channels, T.exact_channels, T,
+            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING,
         )  # fmt: skip
     else:
         maximum, total, slots = attend_packed(
-            query_ptr, mask_n, scaling, tl.minimum(num_keys, num_values), part - T.num_exact_parts,
+            query_ptr, mask_n, scaling, tl.minimum(num_keys, num_values), part - TILING.num_exact_parts,
             page_table_ptr,
             key_codes_ptr, key_scale_ptr, key_minimum_ptr, stride_key_codes_page, stride_key_scale_page,
             value_codes_ptr, value_scale_ptr, value_minimum_ptr,
-            stride_value_codes_page, stride_value_scale_page, T,
+            stride_value_codes_page, stride_value_scale_page, TILING,
         )  # fmt: skip
         _store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, slots,
-            T.value_slots, T.value_words, T,
+            TILING.value_slots, TILING.value_words, TILING,
         )  # fmt: skip
 
 
@@ -174,11 +174,11 @@ def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, 
 
 
 def prepare(
-    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float
+    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float, arch: int | None = None
 ) -> tuple[Attended, tuple[Launch, ...]]:
-    """The result's tensors, still empty, and the launches that fill them."""
+    """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU)."""
     batch, num_query_heads, head_dim = query.shape
-    tiling = tiling_of(query, past, exact)
+    tiling = tiling_of(query, past, exact, arch=arch)
     query = _rows_contiguous(query)
     key_codes, key_scale, key_minimum = _pages_contiguous(past.keys)
     value_codes, value_scale, value_minimum = _pages_contiguous(past.values)
@@ -198,7 +198,7 @@ def prepare(
         (batch * tiling.num_kv_heads * tiling.head_blocks, tiling.num_parts),
         {
             "query_ptr": query,
-            "scaling": scaling * LOG2_E,
+            "scaling": float(scaling) * LOG2_E,
             "page_table_ptr": page_table,
             "num_keys_ptr": past.num_keys.contiguous(),
             "num_values_ptr": past.num_values.contiguous(),
@@ -225,8 +225,9 @@ def prepare(
             **_strides("value", values, "row", "head", "token"),
             **_strides("sink_key", sink_keys, "row", "head", "token"),
             **_strides("sink_value", sink_values, "row", "head", "token"),
-            "T": tiling,
+            "TILING": tiling,
             "num_warps": 1,
+            "enable_fp_fusion": True,
         },
     )
     merge = Launch(
@@ -242,6 +243,7 @@ def prepare(
             "HEAD_DIM": head_dim,
             "BLOCK_D": tiling.block_d,
             "num_warps": 4,
+            "enable_fp_fusion": True,
         },
     )
     return result, (attend, merge)

@@ -114,5 +114,6 @@ def prepare(values: torch.Tensor, *, bits: int, group_size: int) -> tuple[Packed
         "BLOCK_G": block_g,
         "BLOCK_W": triton.next_power_of_2(num_words),
         "num_warps": 4,
+        "enable_fp_fusion": False,
     }
     return packed, (Launch(_quantize_pack_kernel, (triton.cdiv(num_rows, block_rows),), arguments),)

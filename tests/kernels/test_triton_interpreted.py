@@ -24,22 +24,32 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-4000:]
 
 else:
+    from operator import attrgetter
+
     from cases import quantize_cases
     from hypothesis import given, settings
     from triton_checks import any_attend_case, check_attend, check_quantize, triton_cases
 
+    name = attrgetter("name")
+
+    # The interpreter takes milliseconds for what a GPU does in none: what only adds size is left to the GPU.
+    LEFT_OUT = {"long", "many_rows", "many_columns", "heads16_1", "dim256_bits4_group256"} | {
+        f"keys{keys}_values{values}"
+        for keys, values in [(1, 2), (1, 8), (2, 1), (2, 4), (4, 2), (4, 8), (8, 1), (8, 4)]
+    }
+
     # The interpreter is NumPy: log2(0) = -inf is meant, and numbers in masked lanes may overflow.
     pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-    @pytest.mark.parametrize("case", triton_cases(), ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [case for case in triton_cases() if case.name not in LEFT_OUT], ids=name)
     def test_packed_attend(case):
         check_attend(case, "cpu")
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=10, deadline=None, derandomize=True)
     @given(case=any_attend_case())
     def test_packed_attend_of_any_layout(case):
         check_attend(case, "cpu")
 
-    @pytest.mark.parametrize("case", quantize_cases(), ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [case for case in quantize_cases() if case.name not in LEFT_OUT], ids=name)
     def test_quantize_pack(case):
         check_quantize(case, "cpu")

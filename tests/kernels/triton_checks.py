@@ -17,6 +17,7 @@ from cases import (
     build_values,
 )
 from hypothesis import strategies as st
+
 from kvlens.kernels.packed_attend import reference as attend_reference
 from kvlens.kernels.packed_attend import triton as attend_triton
 from kvlens.kernels.quantize_pack import reference as quantize_reference
@@ -31,8 +32,7 @@ def triton_cases() -> list[AttendCase]:
     """The shared cases in fp16, the way that ships; in fp32 where scores are too large for half a word."""
     return [
         replace(case, dtype=torch.float16)
-        if case.dtype == torch.float32
-        and case.name not in (*LARGE_SCORES, "ragged_sinks", "page32_group32_bits2")
+        if case.dtype == torch.float32 and case.name not in (*LARGE_SCORES, "ragged_sinks", "page32_group32_bits2")
         else case
         for case in attend_cases()
     ]

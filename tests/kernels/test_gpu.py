@@ -1,0 +1,159 @@
+"""The Triton kernels on a GPU: the cases of every implementation, and what only a device can show.
+
+python -m pytest -m gpu tests/kernels
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import AttendCase, attend_cases, build_attend, quantize_cases
+from hypothesis import given, settings
+from triton_checks import any_attend_case, check_attend, check_quantize, compare_attend, triton_cases
+
+from kvlens.kernels.packed_attend import PackedPast, packed_attend, reference
+from kvlens.kernels.quantize_pack import Packed, quantize_pack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU; none is visible to torch"),
+]
+
+LARGE = AttendCase(
+    "large", (8000, 1, 5000, 129), (7936, 0, 4864, 0), (7868, 0, 4868, 1), num_query_heads=32, num_kv_heads=8,
+    head_dim=128, num_sinks=0, dtype=torch.float16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", triton_cases(), ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}")
+def test_packed_attend(case):
+    check_attend(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(case for case in attend_cases() if case.dtype == torch.float32),
+        *(replace(case, dtype=torch.bfloat16) for case in triton_cases() if case.dtype == torch.float16),
+    ],
+    ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}",
+)
+def test_packed_attend_in_other_dtypes(case):
+    check_attend(case, "cuda")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(case=any_attend_case())
+def test_packed_attend_of_any_layout(case):
+    check_attend(case, "cuda")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("num_kv_heads", [8, 32])
+@pytest.mark.parametrize("num_sinks", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_attend_of_shipped_shapes(bits, num_kv_heads, num_sinks, dtype):
+    check_attend(
+        replace(LARGE, key_bits=bits, value_bits=bits, num_kv_heads=num_kv_heads, num_sinks=num_sinks, dtype=dtype),
+        "cuda",
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("slot", range(16))
+def test_every_slot_is_read_exactly(bits, slot):
+    """Codes reach the tensor cores as fp16 subnormals: flushed to zero, or read one slot off, they fail here."""
+    if slot >= 16 // bits:
+        pytest.skip(f"a word of {bits}-bit codes has {16 // bits} slots")
+    num_tokens = 128 * bits // 16 * (slot + 1)
+    check_attend(
+        AttendCase(
+            "slot", (num_tokens,), (num_tokens,), (num_tokens,), head_dim=128, key_bits=bits, value_bits=bits,
+            dtype=torch.float16,
+        ),
+        "cuda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", quantize_cases(), ids=lambda case: case.name)
+def test_quantize_pack(case):
+    check_quantize(case, "cuda")
+
+
+def test_attention_does_not_wait_for_the_device():
+    inputs = build_attend(LARGE, device="cuda")
+    packed_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+        quantize_pack(inputs.exact.keys, bits=2, group_size=32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_attention_in_a_cuda_graph_follows_the_lengths():
+    inputs = build_attend(LARGE, device="cuda")
+    past, exact = inputs.past, inputs.exact
+    packed_attend(inputs.query, past, exact, scaling=inputs.scaling)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = packed_attend(inputs.query, past, exact, scaling=inputs.scaling)
+    other = build_attend(
+        replace(LARGE, lengths=(8000, 256, 4200, 0), num_keys=(7936, 128, 4096, 0), num_values=(7868, 140, 4080, 0)),
+        device="cuda", seed=1,
+    )  # fmt: skip
+    for ours, theirs in [
+        (inputs.query, other.query),
+        *((getattr(past.keys, part), getattr(other.past.keys, part)) for part in ("codes", "scale", "minimum")),
+        *((getattr(past.values, part), getattr(other.past.values, part)) for part in ("codes", "scale", "minimum")),
+        *((getattr(past, part), getattr(other.past, part)) for part in ("page_table", "num_keys", "num_values")),
+        (exact.length, other.exact.length),
+    ]:
+        ours.copy_(theirs)
+    for ours, theirs, start in [
+        (exact.keys, other.exact.keys, past.num_keys), (exact.values, other.exact.values, past.num_values)
+    ]:  # fmt: skip
+        for row in range(len(LARGE.lengths)):
+            tokens = torch.arange(int(start[row]), int(exact.length[row]), device="cuda")
+            ours[row][:, tokens % ours.shape[2]] = theirs[row][:, tokens % theirs.shape[2]]
+    graph.replay()
+    expected = reference.packed_attend(inputs.query, past, exact, scaling=inputs.scaling)
+    torch.testing.assert_close(got.output, expected.output, atol=1e-3, rtol=1e-3)
+
+
+def test_attention_gives_the_same_bits_twice():
+    inputs = build_attend(LARGE, device="cuda")
+    first, second = (packed_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling) for _ in range(2))
+    assert torch.equal(first.output, second.output)
+    assert torch.equal(first.log_sum_exp, second.log_sum_exp)
+
+
+def test_pages_beyond_two_to_the_31_words():
+    inputs = build_attend(replace(LARGE, lengths=(700,), num_keys=(640,), num_values=(600,)), device="cuda")
+    past = inputs.past
+    num_pages = 2**31 // past.keys.codes[0].numel() + len(past.keys.codes)
+    size = num_pages * (past.keys[0].nbytes + past.values[0].nbytes)
+    if torch.cuda.mem_get_info()[0] < 1.2 * size:
+        pytest.skip(f"needs {size / 2**30:.0f} GiB of free GPU memory")
+
+    def moved_to_the_end(pages: Packed) -> Packed:
+        parts = []
+        for part in (pages.codes, pages.scale, pages.minimum):
+            pool = torch.empty((num_pages, *part.shape[1:]), dtype=part.dtype, device="cuda")
+            pool[-len(part) :] = part
+            parts.append(pool)
+        return Packed(*parts)
+
+    table = past.page_table + (num_pages - len(past.keys.codes))
+    table[:, -(-640 // past.layout.page_tokens) :] = past.page_table[:, -(-640 // past.layout.page_tokens) :]
+    far = PackedPast(
+        past.layout, moved_to_the_end(past.keys), moved_to_the_end(past.values), table, past.num_keys, past.num_values
+    )
+    expected = reference.packed_attend(inputs.query, past, inputs.exact, scaling=inputs.scaling)
+    got = packed_attend(inputs.query, far, inputs.exact, scaling=inputs.scaling)
+    torch.testing.assert_close(got.output, expected.output, atol=1e-3, rtol=1e-3)
+
+
+def test_non_contiguous_query_and_rings():
+    inputs = build_attend(replace(LARGE, strides="sliced", num_sinks=4), device="cuda")
+    compare_attend(inputs, LARGE.dtype)
