@@ -15,7 +15,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--model", None, help="Hugging Face name or folder; without it, the built-in model")
     option("--device", "auto", help="auto, cpu, cuda or cuda:N")
     option("--dtype", "auto", help="auto, float32, bfloat16 or float16")
-    option("--host", "127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    everywhere = "SPACE_ID" in os.environ  # a Hugging Face Space is reached from outside its container
+    option("--host", "0.0.0.0" if everywhere else "127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     option("--port", 7860, type=int, help="port to listen on")
     option("--max-context", None, type=int, help="most tokens of prompt and answer together")
     option(

@@ -12,7 +12,9 @@ import gradio as gr
 import plotly
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvlens.engine.footprint import PARTS
 from kvlens.engine.registry import available
@@ -26,6 +28,12 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MAX_UPLOAD = "32mb"
+
+# The page loads nothing from elsewhere, whatever text finds its way into it. Gradio compiles its templates.
+CONTENT_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,23 @@ def theme() -> gr.themes.Base:
     )
 
 
+class PolicyHeaders:
+    """Adds the content policy to every answer, without holding back a stream."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = CONTENT_POLICY
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+
 def add_routes(app: FastAPI, hub: ModelHub) -> None:
     @app.get("/healthz")
     def healthz() -> dict:
@@ -119,6 +144,7 @@ def create_app(hub: ModelHub, *, host: str, port: int, runs: Library | None = No
     if host in LOCAL_HOSTS:
         # A page elsewhere must not reach a local server under a name of its own (DNS rebinding).
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS, "[::1]", "testserver"])
+    app.add_middleware(PolicyHeaders)
     add_routes(app, hub)
     store = SessionStore()
     handlers = ChatHandlers(hub, store, runs or Library())

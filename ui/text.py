@@ -202,7 +202,7 @@ CLIENT = {
         "none_hint": "A compressed lane packs tokens once they leave its exact window.",
         "no_probe": "The next run looks inside a layer and fills this picture.",
         "outliers": "Steady bright rows are outlier channels of the keys: why KIVI scales keys by channel.",
-        "value_note": "Values have no such channels, so KIVI scales them by token.",
+        "value_note": "Values seldom have such steady channels, so KIVI scales them by token.",
         "axis": {"tokens": "token", "channels": "token", "heads": "head"},
     },
     "speed": {

@@ -49,7 +49,7 @@ KVLens.lane = (component, laneId) => {
       choice.set(current);
       return choice.root;
     }
-    if (field.kind === "choices" && field.choices.length <= 6) {
+    if (field.kind === "choices" && field.choices.length <= 5) {
       const choice = KVLens.segments(field.choices.map((entry) => [entry, show(entry)]), field.label, (entry) => set(field.name, entry));
       choice.set(current);
       return choice.root;

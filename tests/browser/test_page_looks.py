@@ -138,3 +138,16 @@ def test_health_is_told_and_strange_hosts_are_refused(site):
     assert health["status"] == "ok"
     assert health["state"] == "ready"
     assert httpx.get(site.address + "healthz", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_the_page_may_load_nothing_from_elsewhere(visitor):
+    visitor.open()
+    blocked = visitor.page.evaluate(
+        """() => new Promise((resolve) => {
+            document.addEventListener('securitypolicyviolation', (event) => resolve(event.blockedURI));
+            const image = new Image();
+            image.src = 'http://elsewhere.invalid/pixel.png';
+        })"""
+    )
+    assert blocked.startswith("http://elsewhere.invalid")
+    visitor.faults.clear()  # the browser complains about what it blocked, and so it should
