@@ -16,7 +16,6 @@ from cases import (
     build_attend,
     build_values,
 )
-from hypothesis import strategies as st
 
 from kvlens.kernels.packed_attend import reference as attend_reference
 from kvlens.kernels.packed_attend import triton as attend_triton
@@ -74,39 +73,3 @@ def check_quantize(case: QuantizeCase, device: str) -> None:
         launch.run()
     for name in ("codes", "scale", "minimum"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
-
-
-@st.composite
-def any_attend_case(draw) -> AttendCase:
-    """Small batches of every layout: bits, groups, pages, heads, sinks, ragged lengths."""
-    key_bits, value_bits = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4, 8]))
-    page_tokens = draw(st.sampled_from([32, 64, 96, 128]))
-    head_dim = draw(st.sampled_from([16, 32, 48, 64, 128]))
-    heads_per_kv = draw(st.sampled_from([1, 2, 3, 8, 9]))
-    num_kv_heads = draw(st.sampled_from([1, 2]))
-    num_sinks = draw(st.integers(0, 5))
-    num_keys, num_values, lengths = [], [], []
-    for _ in range(draw(st.integers(1, 3))):
-        keys, values = draw(st.integers(0, 200)), draw(st.integers(0, 200))
-        num_keys.append(keys)
-        num_values.append(values)
-        is_packed = max(keys, values) > 0
-        window = draw(st.integers(0, 40))
-        lengths.append(num_sinks * is_packed + max(keys, values) + window)
-    return AttendCase(
-        name="any",
-        lengths=tuple(lengths),
-        num_keys=tuple(num_keys),
-        num_values=tuple(num_values),
-        num_query_heads=heads_per_kv * num_kv_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        key_bits=key_bits,
-        value_bits=value_bits,
-        page_tokens=page_tokens,
-        key_group_size=draw(st.sampled_from([group for group in (16, 32, 64) if page_tokens % group == 0])),
-        value_group_size=draw(st.sampled_from([group for group in (8, 16, 32, 64) if head_dim % group == 0])),
-        num_sinks=num_sinks,
-        dtype=draw(st.sampled_from([torch.float16, torch.float32])),
-        strides=draw(st.sampled_from(["contiguous", "sliced"])),
-    )
