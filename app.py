@@ -20,7 +20,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--port", 7860, type=int, help="port to listen on")
     option("--max-context", None, type=int, help="most tokens of prompt and answer together")
     option(
-        "--kv-budget-mb", None, type=int, help="most MB that all KV caches may hold; a share of the memory if not set"
+        "--kv-budget", None, type=int, help="most MiB that all KV caches may reserve; a share of the memory if not set"
     )
     option("--kernels", "auto", choices=("auto", "triton", "cpu", "reference"), help="which kernels to use")
     option("--offer-models", None, help="comma-separated models that visitors may choose; 'none' fixes the model")
@@ -34,7 +34,7 @@ def main() -> None:
     from kvlens.ui.models import ModelHub, ModelRequest, parse_offer
     from kvlens.ui.server import serve
 
-    budget_bytes = None if options.kv_budget_mb is None else options.kv_budget_mb * 10**6
+    budget_bytes = None if options.kv_budget is None else options.kv_budget * 2**20
     request = ModelRequest(options.model, options.device, options.dtype, options.max_context, budget_bytes)
     serve(ModelHub(request, offered=parse_offer(options.offer_models)), host=options.host, port=options.port)
 

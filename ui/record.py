@@ -1,68 +1,116 @@
-"""Records real runs of the real engine for the first paint: `python -m kvlens.ui.record`.
+"""Records real runs of the real engine: `python -m kvlens.ui.record`.
 
-Each run becomes one file in `assets/runs`. The page paints the first of them before anything is computed.
+Each run becomes one file in `assets/runs`; the page paints the first of them before anything is computed.
+Without arguments the standard set is recorded with the embedded model; with a name and prompts, one run.
 """
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kvlens.engine.model import load_model
+from kvlens.engine.model import LoadedModel, load_model
 from kvlens.ui import controls, library, runner
 from kvlens.ui.address import make_sampling
-from kvlens.ui.recording import to_bytes
+from kvlens.ui.heat import View
+from kvlens.ui.recording import Recording, to_bytes
 from kvlens.ui.session import Session, Ticket
 
-
-def record(model, prompts: list[str], lanes: dict, sampling, probed_layer: int = 0):
-    """The recording of the last prompt, after the turns before it."""
-    from kvlens.ui.heat import View
-
-    session = Session(view=View(layer=probed_layer))
-    try:
-        for prompt in prompts:
-            for _ in runner.run(session, Ticket(prompt, lanes, sampling), model):
-                pass
-    finally:
-        session.free()
-    if session.recording is None:
-        raise SystemExit("the engine gave no run; see the sentence above")
-    return session.recording
+FACTS = (
+    "I keep a notebook of our village. Mira is the baker and her oven is blue. Tom mends boats and his dog is called "
+    "Pip. Old Anna keeps bees behind the school. The mill belongs to Jonas, who plays the drum on Sundays. Lena drives "
+    "the bus to the town every morning. The small shop near the bridge is run by Sara, and she sells apples, bread "
+    "and candles. On Friday there is a market by the church. In winter the lake freezes and the children skate on "
+    "it until it is dark. In spring the river is high and the bridge is closed for a week. My brother Max lives in "
+    "the red house on the hill. What is the name of Tom's dog?"
+)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="file name without ending; the number in front gives the order in the menu")
-    parser.add_argument("prompt", nargs="+", help="one prompt a turn; the last one is recorded")
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--lane-a", default="dense", help="method, or method:setting=value,setting=value")
-    parser.add_argument("--lane-b", default="kivi", help="likewise")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--system-prompt", default="")
-    parser.add_argument("--layer", type=int, default=0, help="the layer under the microscope")
-    parser.add_argument("--folder", type=Path, default=library.RUNS_FOLDER)
-    options = parser.parse_args()
-    lanes = {"a": parse_lane(options.lane_a), "b": parse_lane(options.lane_b)}
-    sampling = make_sampling(
-        {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "system_prompt")}
-    )
-    model = load_model(options.model, device=options.device)
-    recording = record(model, options.prompt, lanes, sampling, options.layer)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    target = options.folder / f"{options.name}{library.SUFFIX}"
-    target.write_bytes(to_bytes(recording))
-    print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB, {library.label(recording)}")
-    for lane in recording.log.lanes:
-        print(f"  {lane.title}: {asdict(lane.memory[-1])}")
+@dataclass(frozen=True)
+class Plan:
+    """A run to record: one prompt a turn, of which the last is recorded. The number in front orders the menu."""
+
+    name: str
+    prompts: Sequence[str]
+    lane_a: str = "dense"
+    lane_b: str = "kivi"
+    max_new_tokens: int = 200
+    temperature: float = 0.0
+    system_prompt: str = ""
+    layer: int | None = None
+
+
+STANDARD = (
+    Plan("1-a-fact-then-a-story", (FACTS, "Tell me a long story about a fox and a lantern.")),
+    Plan("2-a-fact-out-of-a-long-text", (FACTS,), max_new_tokens=60),
+    Plan(
+        "3-two-bits-against-four",
+        ("Tell me a long story about a small boat on the sea.",),
+        lane_a="kivi:residual_length=32",
+        lane_b="kivi:residual_length=32,key_bits=4,value_bits=4",
+    ),
+)
 
 
 def parse_lane(written: str) -> controls.LaneChoice:
     """`kivi:key_bits=4,group_size=64` as a lane's choice."""
     name, _, settings = written.partition(":")
-    pairs = dict(pair.split("=", 1) for pair in settings.split(",") if pair)
-    return controls.make_choice(name, pairs)
+    return controls.make_choice(name, dict(pair.split("=", 1) for pair in settings.split(",") if pair))
+
+
+def record(model: LoadedModel, plan: Plan) -> Recording:
+    """The recording of the plan's last prompt, after the turns before it."""
+    session = Session(view=View(layer=plan.layer))
+    lanes = {"a": parse_lane(plan.lane_a), "b": parse_lane(plan.lane_b)}
+    names = ("max_new_tokens", "temperature", "system_prompt")
+    sampling = make_sampling({name: getattr(plan, name) for name in names})
+    try:
+        for prompt in plan.prompts:
+            for update in runner.run(session, Ticket(prompt, lanes, sampling), model):
+                last = update
+    finally:
+        session.free()
+    if session.recording is None or len(session.turns) != len(plan.prompts):
+        raise SystemExit(f"{plan.name}: the engine gave no run: {last.payload}")
+    return session.recording
+
+
+def save(recording: Recording, name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}{library.SUFFIX}"
+    target.write_bytes(to_bytes(recording))
+    print(f"{target.name}: {target.stat().st_size / 1000:.0f} kB, {library.label(recording)}")
+    for lane in recording.log.lanes:
+        live_bytes = sum(lane.memory[-1].parts.values())
+        print(f"  {lane.title}: {live_bytes:,} bytes, {lane.tokens_per_second or 0:.0f} tokens/s: {lane.text[:90]!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="file name without ending; without it, the standard set")
+    parser.add_argument("prompt", nargs="*", help="one prompt a turn; the last one is recorded")
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--lane-a", default="dense", help="method, or method:setting=value,setting=value")
+    parser.add_argument("--lane-b", default="kivi", help="likewise")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--system-prompt", default="")
+    parser.add_argument(
+        "--layer", type=int, default=None, help="the layer under the microscope; the middle one if not set"
+    )
+    parser.add_argument("--folder", type=Path, default=library.RUNS_FOLDER)
+    options = parser.parse_args()
+    plans: Sequence[Plan] = STANDARD
+    if options.name:
+        if not options.prompt:
+            parser.error("a run of your own needs a prompt")
+        own = {name: value for name, value in vars(options).items() if name in Plan.__dataclass_fields__}
+        plans = [Plan(**own, prompts=options.prompt)]
+    model = load_model(options.model, device=options.device)
+    record(model, Plan("warm-up", ("Hello.",), plans[0].lane_a, plans[0].lane_b, max_new_tokens=16))
+    for plan in plans:
+        save(record(model, plan), plan.name, options.folder)
 
 
 if __name__ == "__main__":
