@@ -157,9 +157,13 @@ KVLens.lane = (component, laneId) => {
       parts.push(KVLens.fill(figures.reused_tokens ? words.reused : words.prefilled,
         { new: fresh, reused: units.count(figures.reused_tokens), ms: units.duration(figures.prefill_ms) }));
     }
-    if (lane.finish) parts.push(`${units.count(figures.new_tokens)} tokens, ${KVLens.text.finish[lane.finish] || lane.finish}`);
+    if (lane.finish) {
+      const finish = KVLens.text.finish[lane.finish] || lane.finish;
+      parts.push(KVLens.fill(words.told, { n: units.count(figures.new_tokens), finish }));
+    }
     if (lane.is_simulated) parts.push(words.simulated);
     setText(story, parts.join(" · "));
+    story.title = story.textContent;
   }
 
   KVLens.tokenHover(laneId);
