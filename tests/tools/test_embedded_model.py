@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.embedded_model import facts, recall, wordings, words
+from tools.embedded_model import facts, phrasing, recall, wordings, words
 from tools.embedded_model.corpus import RowMaker, Texts
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
 from tools.embedded_model.train import ModelShape, Recipe, Trainer, export
@@ -71,6 +71,15 @@ def test_held_out_wordings_are_disjoint(parts):
     assert set(train) | set(held_out) == set(parts)
     assert train
     assert held_out
+
+
+def test_no_wording_put_together_is_held_out():
+    random = Random(0)
+    statements = {phrasing.spoken_statement(random, "{s}", "{v}") for _ in range(20_000)}
+    questions = {phrasing.spoken_question(random, "{s}") for _ in range(20_000)}
+    assert not statements & set(facts.split_parts(wordings.SUBJECT_STATEMENTS, "held_out"))
+    assert not questions & set(facts.split_parts(wordings.SUBJECT_QUESTIONS, "held_out"))
+    assert min(len(statements), len(questions)) > 3000
 
 
 def test_unknown_split_is_refused():

@@ -11,12 +11,14 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+from . import phrasing, words
 from . import wordings as w
-from . import words
 
 SPLITS = ("train", "held_out")
 # Values that make no sense for their question can only be copied.
 ODD_VALUE_SHARE = 0.5
+# Training sentences built by `phrasing` instead of taken from a list.
+PUT_TOGETHER_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact
     question = random.choice(family.questions if is_new else split_parts(family.questions, wording))
     # A question may only name what the statement named.
     statement, question, answer = _without_unknown(statement, question, random.choice(family.answers), family)
-    return Fact(*(part.format(**names) for part in (statement, question, answer)), names["v"])
+    statement, question, answer = (part.format(**names) for part in (statement, question, answer))
+    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
+        statement, question = phrasing.loosened(random, statement), phrasing.wrapped(random, question)
+    return Fact(statement, question, answer, names["v"])
 
 
 def _without_unknown(statement: str, question: str, answer: str, family: w.Family) -> tuple[str, str, str]:
@@ -158,6 +163,10 @@ def _subject_fact(random: Random, split: str, wording: str) -> Fact:
     names = {"s": asked, "z": answered, "v": draw_value(random, kind, split)}
     statement = random.choice(split_parts(w.SUBJECT_STATEMENTS, wording)).format(**names)
     question = random.choice(split_parts(w.SUBJECT_QUESTIONS, wording)).format(**names)
+    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
+        statement = phrasing.spoken_statement(random, asked, names["v"])
+    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
+        question = phrasing.spoken_question(random, asked)
     return Fact(statement, question, random.choice(w.SUBJECT_ANSWERS).format(**names), names["v"])
 
 

@@ -55,7 +55,7 @@ class Recipe:
 
     seed: int = 1
     tokens_per_step: int = 12_288
-    stages: tuple[tuple[int, float], ...] = ((256, 7e6), (512, 9e6), (1024, 20e6), (2048, float("inf")))
+    stages: tuple[tuple[int, float], ...] = ((256, 7e6), (512, 9e6), (1024, 14e6), (2048, float("inf")))
     matrix_learning_rate: float = 0.02
     vector_learning_rate: float = 0.003
     weight_decay: float = 0.01

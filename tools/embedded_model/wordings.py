@@ -112,7 +112,7 @@ SUBJECT_QUESTIONS = (
     "would you repeat {s}",
     "have you kept {s} in mind",
     "do you know {s}",
-    "say {s} again",
+    "I would love to have {s} back",
     "I would like to hear {s}",
 )
 SUBJECT_ANSWERS = (
