@@ -78,7 +78,7 @@ class LoadedModel:
         Raises: ModelError if the template refuses the conversation.
         """
         if self.tokenizer.chat_template is None:
-            return "\n\n".join(message["content"] for message in messages)
+            return _plain_text(messages)
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except (TemplateError, ValueError) as error:
@@ -104,6 +104,20 @@ class LoadedModel:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _plain_text(messages: Sequence[dict[str, str]]) -> str:
+    """A conversation as one text: an answer goes on where its prompt ended, a new prompt begins a paragraph."""
+    text = ""
+    for message in messages:
+        content = message["content"]
+        if message["role"] != "assistant":
+            text += f"\n\n{content}" if text else content
+        elif text[-1:].isspace() or content[:1].isspace():
+            text += content
+        else:
+            text += f" {content}"
+    return text
 
 
 def load_model(

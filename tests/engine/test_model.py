@@ -79,6 +79,8 @@ def test_chat_without_a_template_is_plain_text(tiny_model, monkeypatch):
     assert tiny_model.render_chat(messages).endswith("<user>two<end><assistant>")
     monkeypatch.setattr(tiny_model.tokenizer, "chat_template", None)
     assert tiny_model.render_chat(messages) == "one\n\ntwo"
+    answered = [messages[0], {"role": "assistant", "content": "goes on"}, messages[1]]
+    assert tiny_model.render_chat(answered) == "one goes on\n\ntwo"
 
 
 def test_a_template_that_refuses_is_a_sentence(tiny_model, monkeypatch):
