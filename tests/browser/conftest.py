@@ -156,3 +156,9 @@ def visit(browser, site):
 @pytest.fixture
 def visitor(visit) -> Visitor:
     return visit()
+
+
+@pytest.fixture
+def endless(site, monkeypatch):
+    """The model never ends an answer by itself: only the length or a person does."""
+    monkeypatch.setattr(site.hub.model, "end_tokens", frozenset())

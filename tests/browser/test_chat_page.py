@@ -75,7 +75,7 @@ def test_the_error_panel_shows_the_layer_under_the_microscope(asked):
     asked.wait("KVLens.feed.latest.view.figure === 'heads'")
 
 
-def test_stop_ends_the_answer_in_under_half_a_second(visitor):
+def test_stop_ends_the_answer_in_under_half_a_second(visitor, endless):
     visitor.open("?max_new_tokens=1500")
     visitor.send("Tell me a very long story about a heron.")
     visitor.wait("KVLens.feed.latest.state === 'running' && KVLens.feed.latest.lanes[1].figures.new_tokens > 2")
@@ -130,7 +130,7 @@ def test_regenerate_edit_and_clear(asked):
     page.wait_for_function("!document.querySelector('#kv-chat-a [data-testid=\"bot\"]')")
 
 
-def test_clearing_while_it_answers_leaves_an_empty_chat(visitor):
+def test_clearing_while_it_answers_leaves_an_empty_chat(visitor, endless):
     visitor.open("?max_new_tokens=1500")
     visitor.send("Tell me a very long story.")
     visitor.wait("KVLens.feed.latest.state === 'running'")
@@ -139,7 +139,7 @@ def test_clearing_while_it_answers_leaves_an_empty_chat(visitor):
     visitor.wait("!document.querySelector('#kv-chat-a [data-testid=\"user\"]')")
 
 
-def test_stopping_while_another_run_goes_first_gives_the_prompt_back(visit):
+def test_stopping_while_another_run_goes_first_gives_the_prompt_back(visit, endless):
     one, two = visit(), visit()
     for visitor in (one, two):
         visitor.open("?max_new_tokens=1500")
