@@ -10,15 +10,15 @@ Tiles
     Tokens and channels are the rows of every product and query heads its columns (8 of them, padded):
     scores^T = K q^T and output^T = V^T p^T. With heads as rows the tensor core would need 16, and half of
     the softmax would be spent on padding.
-    Packed keys are walked in tiles of `tile_words` words of each channel. A slot of the planar layout is
-    then a run of as many tokens, so a tile holds 16 / bits runs, each the subject of one product that needs
-    no interleaving. Values likewise: a slot is a run of channels.
+    Packed keys are walked in tiles of 16 words of each channel. A slot of the planar layout is then a run of
+    16 tokens, so a tile holds 16 / bits runs, each the subject of one product that needs no interleaving.
+    Values likewise: a slot is a run of channels.
 
 Folding (KIVI's stored form is code * scale + minimum)
     scores: sum_d (q_d s_d) code_d + q·minimum, with q s formed once for a group of tokens;
     output: sum_t (p_t s_t) code_t + sum_t p_t minimum_t, with p s formed once for a group of channels.
-    So a code meets no arithmetic before the product. Where a run spans several groups (small pages, odd
-    groups) the tile is dequantized first: right for every layout, but slower.
+    So a code meets no arithmetic before the product. Where a run spans several groups (pages of 32 tokens,
+    values of 8 channels a group) the tile is restored first: right for every layout, but slower.
 
 Codes as fp16 without conversion
     The bits of a small integer, read as fp16, are the subnormal number code * 2^(place - 24): masking a
@@ -27,8 +27,10 @@ Codes as fp16 without conversion
     inputs as they are (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Source of the trick:
     xformers' split-k attention, which still multiplies every code by 2^24.
 
-Limits: rows of codes, scales and tokens must be contiguous (they are copied if not). This module does
-not know how pages are filled or chosen.
+Files: `tiling.py` fixes the sizes, `packed_part.py` and `exact_part.py` hold the two kinds of part.
+Limits: rows of codes, scales and tokens must be contiguous (they are copied if not). For half-precision
+queries q * scale and p * scale must fit fp16, as they do where keys and values do. This module does not know
+how pages are filled or chosen.
 """
 
 import torch

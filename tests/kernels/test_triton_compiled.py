@@ -69,6 +69,11 @@ def test_a_gpu_too_old_is_named():
         packed_attend.prepare(*empty_inputs(Shape(2)), scaling=1.0, arch=75)
 
 
+def test_tensors_on_the_cpu_are_named():
+    with pytest.raises(ValueError, match="needs tensors on a GPU"):
+        packed_attend.packed_attend(*empty_inputs(Shape(2)), scaling=1.0)
+
+
 def test_the_cache_tells_tilings_apart():
     """Triton finds compiled kernels by what their constants print as."""
     one, other = (tiling_of(*empty_inputs(Shape(2, window=window))) for window in (128, 129))
