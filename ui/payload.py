@@ -177,7 +177,9 @@ def notices(log: RunLog, scene: Scene) -> list[str]:
     found = [scene.notice] if scene.notice else []
     found += log.notices
     context = context_use(log)
-    if context["limit"] and context["used"] > CONTEXT_WARNING * context["limit"]:
+    if any(lane.finish == "context" for lane in log.lanes):
+        found.append(text.context_full(context["limit"]))
+    elif context["limit"] and context["used"] > CONTEXT_WARNING * context["limit"]:
         found.append(text.context_filling(context["used"], context["limit"]))
     return list(dict.fromkeys(found))
 

@@ -63,6 +63,10 @@ def context_filling(used: int, limit: int) -> str:
     )
 
 
+def context_full(limit: int) -> str:
+    return f"The context is full: {count_text(limit)} tokens, prompt and answers together. Clear the chat to go on."
+
+
 def recorded_label(model: str, device: str, date: str) -> str:
     return f"Recorded run: {model}, {device}, {date}"
 

@@ -142,6 +142,8 @@ def test_payload_without_a_run_carries_state_and_notice():
 def test_nearly_full_context_is_said_before_it_is_full(log):
     log.max_context = 220
     assert any("nearly full" in notice for notice in payload_of(log)["notices"])
+    log.lanes[0].finish = "context"
+    assert any("is full" in notice for notice in payload_of(log)["notices"])
 
 
 def test_payload_is_small_enough_to_stream():
