@@ -33,7 +33,10 @@ def test_export_and_import_give_the_same_run(recording):
     assert [lane.text for lane in again.log.lanes] == [lane.text for lane in recording.log.lanes]
     assert again.prompts == recording.prompts
     assert again.projection == [(32768, {"fp16": 100, "a": 100, "b": 20})]
-    np.testing.assert_allclose(again.log.lanes[1].errors.by_head, recording.log.lanes[1].errors.by_head, rtol=1e-3)
+    now, then = again.log.lanes[1].errors, recording.log.lanes[1].errors
+    np.testing.assert_allclose(now.by_head, then.by_head, rtol=1e-3)
+    np.testing.assert_allclose(now.exact, then.exact, rtol=0.01, atol=1e-4)
+    np.testing.assert_array_equal(np.isnan(now.by_token), np.isnan(then.by_token))
 
 
 def test_replay_gives_back_each_moment(recording):
