@@ -15,15 +15,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--model", None, help="Hugging Face name or folder; without it, the built-in model")
     option("--device", "auto", help="auto, cpu, cuda or cuda:N")
     option("--dtype", "auto", help="auto, float32, bfloat16 or float16")
-    everywhere = "SPACE_ID" in os.environ  # a Hugging Face Space is reached from outside its container
-    option("--host", "0.0.0.0" if everywhere else "127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    # A Hugging Face Space is reached from outside its container, and its model is not for a stranger to change.
+    is_public = "SPACE_ID" in os.environ
+    option("--host", "0.0.0.0" if is_public else "127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     option("--port", 7860, type=int, help="port to listen on")
     option("--max-context", None, type=int, help="most tokens of prompt and answer together")
     option(
         "--kv-budget", None, type=int, help="most MiB that all KV caches may reserve; a share of the memory if not set"
     )
     option("--kernels", "auto", choices=("auto", "triton", "cpu", "reference"), help="which kernels to use")
-    option("--offer-models", None, help="comma-separated models that visitors may choose; 'none' fixes the model")
+    option(
+        "--offer-models",
+        "none" if is_public else None,
+        help="comma-separated models that visitors may choose; 'none' fixes the model",
+    )
     return parser.parse_args(arguments)
 
 
