@@ -61,13 +61,17 @@ def test_dark_has_no_white_cards(visitor):
     assert visitor.page.evaluate(WHITE_BLOCKS) == []
 
 
-def test_nothing_jumps_while_it_streams(visitor):
-    visitor.open(SHORT)
+def test_nothing_jumps_while_it_streams(visitor, endless):
+    visitor.open("?b.residual_length=32&max_new_tokens=1500")
     parts = "['#kv-prompt', '.kv-panel-memory', '.kv-panel-speed']"
     places = f"{parts}.map((one) => document.querySelector(one).getBoundingClientRect().top)"
     visitor.send("Tell me a story about a heron.")
-    visitor.wait("KVLens.feed.latest.state === 'running'")
+    new_tokens = "KVLens.feed.latest.state === 'running' && KVLens.feed.latest.lanes[1].figures.new_tokens"
+    visitor.wait(f"{new_tokens} > 2")
     early = visitor.page.evaluate(places)
+    visitor.wait(f"{new_tokens} > 100")
+    assert visitor.page.evaluate(places) == early
+    visitor.page.click("#kv-stop")
     visitor.finish()
     assert visitor.page.evaluate(places) == early
 

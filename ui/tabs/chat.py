@@ -157,8 +157,11 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     for entry in (*elements.lanes, *elements.sampling):
         entry.change(*told, **quick)
     elements.prompt.blur(*told, **quick)
-    demo.load(handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick)
-    watched = demo.load(
+    # One after the other: an address noted from controls that are not restored yet would lose the settings.
+    restored = demo.load(
+        handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick
+    )  # fmt: skip
+    watched = restored.then(
         handlers.watch_model, None, header, api_visibility="private", show_progress="hidden",
         concurrency_id="watch", concurrency_limit=64,
     )  # fmt: skip
