@@ -1,4 +1,4 @@
-"""Every benchmark that this machine can run, one after the other: `make bench`.
+"""Every benchmark that this machine can run, one after the other, then the README's tables: `make bench`.
 
 The kernel tests run first: no speed of a kernel that is wrong.
 """
@@ -17,6 +17,7 @@ def main() -> None:
     for name in GPU if torch.cuda.is_available() else CPU:
         print(f"== {name}", flush=True)
         subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)
+    subprocess.run([sys.executable, "-m", "tools.readme"], check=True)
 
 
 if __name__ == "__main__":

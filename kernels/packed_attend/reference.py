@@ -11,9 +11,7 @@ from kvlens.kernels.quantize_pack import Packed
 from kvlens.kernels.quantize_pack.reference import dequantize
 
 
-def packed_attend(
-    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float
-) -> Attended:
+def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
     """See `kvlens.kernels.packed_attend.packed_attend`."""
     output = torch.zeros_like(query)
     log_sum_exp = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
@@ -62,9 +60,7 @@ def _unpack(
     return rows.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
 
-def _join(
-    sinks: torch.Tensor, packed: torch.Tensor, ring: torch.Tensor, length: int
-) -> torch.Tensor:
+def _join(sinks: torch.Tensor, packed: torch.Tensor, ring: torch.Tensor, length: int) -> torch.Tensor:
     num_sinks = min(sinks.shape[1], length)
     start = num_sinks + packed.shape[1]
     slots = torch.arange(start, length, device=ring.device) % ring.shape[1]

@@ -49,9 +49,7 @@ def check_layout(length: int, *, bits: int, group_size: int) -> None:
     if group_size < 1 or length % group_size != 0:
         raise ValueError(f"group_size must divide the row of {length} values; got {group_size}")
     if length * bits % 16 != 0:
-        raise ValueError(
-            f"a row must fill whole 16-bit words: {length} values of {bits} bits are {length * bits} bits"
-        )
+        raise ValueError(f"a row must fill whole 16-bit words: {length} values of {bits} bits are {length * bits} bits")
 
 
 def quantize_pack(values: torch.Tensor, *, bits: int, group_size: int) -> Packed:

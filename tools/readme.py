@@ -1,0 +1,148 @@
+"""Fills the tables of the README: methods from `available()`, figures from the saved benchmark results.
+
+    python -m tools.readme      # writes README.md; a test fails while it is out of date
+
+Each table stands between `<!-- name -->` and `<!-- /name -->`. No figure of the README is typed by hand.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kvlens.engine.estimate import bits_per_value, estimate
+from kvlens.engine.registry import available
+from kvlens.engine.shape import ModelShape
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+LLAMA_8B = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
+CONTEXTS = {4096: "4k", 32768: "32k", 131072: "128k"}
+SHAPES = {"mha": "32/32 heads × 128", "gqa": "32/8 heads × 128", "embedded": "4/2 heads × 64"}
+
+
+def methods() -> str:
+    """Each preset of each method with its bytes at Llama-3.1-8B's shape, by formula."""
+    rows = []
+    for entry in available().values():
+        for preset, config in entry.presets.items():
+            cells = []
+            for num_tokens in CONTEXTS:
+                found = estimate(LLAMA_8B, entry.name, config, num_tokens=num_tokens)
+                smaller = LLAMA_8B.fp16_bytes(num_tokens) / found.live_bytes
+                cells.append(f"{bits_per_value(found, LLAMA_8B):.2f} bits, {smaller:.2f}×")
+            rows.append([preset, *cells, entry.source])
+    table = _table(["method", *(f"at {label} tokens" for label in CONTEXTS.values()), "source"], rows)
+    return (
+        f"{table}\n\nReal bits a value and × smaller than fp16 at Llama-3.1-8B's shape, everything counted: codes, "
+        "scales and zeros, exact window, tables. By the formula that the real bytes are checked against, to the byte."
+    )
+
+
+def attention() -> str:
+    """One layer's decode attention on the CPU: the best dense path of torch and the packed ones."""
+    saved = _read("packed_attend_cpu")
+    rows = []
+    for shape, label in SHAPES.items():
+        for tokens in sorted({int(row["tokens"]) for row in saved}):
+            here = [row for row in saved if row["shape"] == shape and int(row["tokens"]) == tokens]
+            packed = [row for row in here if row["method"].startswith("KIVI")]
+            dense = min((row for row in here if row not in packed), key=lambda row: float(row["median_ms"]))
+            best = float(dense["median_ms"])
+            cells = [f"{float(row['median_ms']):.3g} ms, {best / float(row['median_ms']):.2g}×" for row in packed]
+            rows.append([label, f"{tokens:,}", f"{best:.3g} ms ({dense['method']}, {dense['dtype']})", *cells])
+    names = [row["method"] for row in packed]
+    first = saved[0]
+    return _table(["shape", "tokens", "best dense of torch", *names], rows) + (
+        f"\n\nOne layer's decode attention, batch 1, medians; {first['processor']}, {first['threads']} threads, "
+        f"torch {first['torch']}, {first['date'][:10]}. `python -m benchmarks.packed_attend_cpu`"
+    )
+
+
+def decode() -> str:
+    """Whole decode steps of the embedded model."""
+    columns = {
+        "method": ("method", str),
+        "context_tokens": ("tokens in the cache", _count),
+        "step_ms": ("ms a step", _short),
+        "tokens_per_second": ("tokens/s", _short),
+        "ratio": ("against our dense lane", _times),
+        "cache_mb": ("cache, MB", _short),
+    }
+    return _plain("decode", columns, "Whole decode steps of the embedded model, batch 1, medians")
+
+
+def agreement() -> str:
+    """How far each method moves the embedded model's answers."""
+    columns = {
+        "method": ("method", str),
+        "bits_per_value": ("bits a value", _short),
+        "same_answers": ("same answer", _percent),
+        "same_first_tokens": ("tokens before they part", _short),
+        "same_top_token": ("same likeliest token", _percent),
+        "kl_nats": ("KL, nats a token", _small),
+    }
+    caption = (
+        "Embedded model, greedy, against the exact cache; in the last two columns every method reads the exact "
+        "answer token by token"
+    )
+    return _plain("agreement", columns, caption)
+
+
+def _plain(name: str, columns: dict[str, tuple[str, Callable[[str], str]]], caption: str) -> str:
+    saved = _read(name)
+    rows = [[show(row[column]) for column, (_, show) in columns.items()] for row in saved]
+    first = saved[0]
+    return _table([label for label, _ in columns.values()], rows) + (
+        f"\n\n{caption}; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.{name}`"
+    )
+
+
+TABLES = {"methods": methods, "attention": attention, "decode": decode, "agreement": agreement}
+
+
+def render(readme: str) -> str:
+    """`readme` with every table made anew. Raises: ValueError if a table has no place."""
+    for name, make in TABLES.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not place.search(readme):
+            raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} -->")
+        table = make()
+        readme = place.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", readme)
+    return readme
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _short(value: str) -> str:
+    return f"{float(value):.3g}"
+
+
+def _count(value: str) -> str:
+    return f"{int(value):,}"
+
+
+def _times(value: str) -> str:
+    return f"{float(value):.2f}×"
+
+
+def _small(value: str) -> str:
+    return f"{float(value):.4f}"
+
+
+def _percent(value: str) -> str:
+    return f"{100 * float(value):.0f} %"
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text("utf-8")), "utf-8")
