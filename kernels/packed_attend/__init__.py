@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from kvlens.kernels import dispatch
+from kvlens.kernels.exact_tokens import Attended, ExactTokens, check_exact, check_shape
 from kvlens.kernels.quantize_pack import Packed
+
+__all__ = ["Attended", "ExactTokens", "PackedPast", "PageLayout", "packed_attend"]
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,6 @@ class PackedPast:
     num_values: torch.Tensor
 
 
-@dataclass(frozen=True)
-class ExactTokens:
-    """The exact tokens around the packed ones.
-
-    Shapes: keys `[B, HK, CK, D]`, values `[B, HK, CV, D]`, rings: token t of a sequence lies at slot
-    `t % CK` and `t % CV`; sink_keys, sink_values `[B, HK, S, D]`, tokens 0..S-1 (S may be 0);
-    length int32 `[B]`: all tokens of the sequence, sinks and packed ones included.
-
-    Token t < S is a sink (sinks past `length` do not exist). Packed token i is token S + i. A key is
-    read from the ring if S + num_keys <= t < length, a value if S + num_values <= t < length.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    sink_keys: torch.Tensor
-    sink_values: torch.Tensor
-    length: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Output `[B, HQ, D]` in the query's dtype and log-sum-exp fp32 `[B, HQ]` of the scaled scores."""
-
-    output: torch.Tensor
-    log_sum_exp: torch.Tensor
-
-
 def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
     """softmax(scaling * q·K^T) V over all tokens of each sequence, read from packed and exact storage.
 
@@ -108,34 +84,12 @@ def _check(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
 
 
 def _compare(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
-    if query.ndim != 3:
-        raise ValueError(f"query must be [B, HQ, D]; got shape {tuple(query.shape)}")
-    batch, num_query_heads, head_dim = query.shape
-    num_kv_heads = exact.keys.shape[1]
-    if num_query_heads % num_kv_heads != 0:
-        raise ValueError(f"query heads must be a multiple of the {num_kv_heads} key/value heads; got {num_query_heads}")
-    layout = past.layout
-    expected = {
-        "exact.keys": (exact.keys, (batch, num_kv_heads, None, head_dim)),
-        "exact.values": (exact.values, (batch, num_kv_heads, None, head_dim)),
-        "exact.sink_keys": (exact.sink_keys, (batch, num_kv_heads, None, head_dim)),
-        "exact.sink_values": (exact.sink_values, (batch, num_kv_heads, None, head_dim)),
-        "exact.length": (exact.length, (batch,)),
-        "past.num_keys": (past.num_keys, (batch,)),
-        "past.num_values": (past.num_values, (batch,)),
-        "past.page_table": (past.page_table, (batch, None)),
-        "past.keys.codes": (
-            past.keys.codes,
-            (None, num_kv_heads, head_dim, layout.page_tokens * layout.key_bits // 16),
-        ),
-        "past.values.codes": (
-            past.values.codes,
-            (None, num_kv_heads, layout.page_tokens, head_dim * layout.value_bits // 16),
-        ),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor.ndim != len(shape) or any(
-            want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
-        ):
-            wanted = ", ".join("*" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name} must be [{wanted}]; got {list(tensor.shape)}")
+    check_exact(query, exact)
+    batch, _, head_dim = query.shape
+    num_kv_heads, layout = exact.keys.shape[1], past.layout
+    check_shape("past.num_keys", past.num_keys, (batch,))
+    check_shape("past.num_values", past.num_values, (batch,))
+    check_shape("past.page_table", past.page_table, (batch, None))
+    key_words, value_words = layout.page_tokens * layout.key_bits // 16, head_dim * layout.value_bits // 16
+    check_shape("past.keys.codes", past.keys.codes, (None, num_kv_heads, head_dim, key_words))
+    check_shape("past.values.codes", past.values.codes, (None, num_kv_heads, layout.page_tokens, value_words))

@@ -182,7 +182,7 @@ def build_values(case: QuantizeCase, *, device: str = "cpu", seed: int = 0) -> t
     """The input of a quantize case. Shapes: `case.shape`, with the strides that it names."""
     generator = torch.Generator().manual_seed(seed)
     values = _spread(torch.randn(case.shape, generator=generator), case.spread).to(case.dtype)
-    return _stored(values, case.strides, device)
+    return stored(values, case.strides, device)
 
 
 def build_attend(case: AttendCase, *, device: str = "cpu", seed: int = 0) -> AttendInputs:
@@ -224,20 +224,20 @@ def build_attend(case: AttendCase, *, device: str = "cpu", seed: int = 0) -> Att
     layout = PageLayout(page_tokens, case.key_bits, case.value_bits, case.key_group_size, case.value_group_size)
     query = torch.randn(batch, case.num_query_heads, case.head_dim, generator=generator).to(case.dtype)
     return AttendInputs(
-        query=_stored(query, case.strides, device),
+        query=stored(query, case.strides, device),
         past=PackedPast(
             layout=layout,
-            keys=Packed(*(_stored(part, case.strides, device) for part in past_keys)),
-            values=Packed(*(_stored(part, case.strides, device) for part in past_values)),
-            page_table=_stored(table.to(torch.int32), case.strides, device),
+            keys=Packed(*(stored(part, case.strides, device) for part in past_keys)),
+            values=Packed(*(stored(part, case.strides, device) for part in past_values)),
+            page_table=stored(table.to(torch.int32), case.strides, device),
             num_keys=torch.tensor(case.num_keys, dtype=torch.int32, device=device),
             num_values=torch.tensor(case.num_values, dtype=torch.int32, device=device),
         ),
         exact=ExactTokens(
-            keys=_stored(_ring(keys, starts_keys, case.lengths), case.strides, device),
-            values=_stored(_ring(values, starts_values, case.lengths), case.strides, device),
-            sink_keys=_stored(_sinks(keys, num_sinks, case.lengths), case.strides, device),
-            sink_values=_stored(_sinks(values, num_sinks, case.lengths), case.strides, device),
+            keys=stored(ring_of(keys, starts_keys, case.lengths), case.strides, device),
+            values=stored(ring_of(values, starts_values, case.lengths), case.strides, device),
+            sink_keys=stored(sinks_of(keys, num_sinks, case.lengths), case.strides, device),
+            sink_values=stored(sinks_of(values, num_sinks, case.lengths), case.strides, device),
             length=torch.tensor(case.lengths, dtype=torch.int32, device=device),
         ),
         scaling=case.head_dim**-0.5 if case.scaling is None else case.scaling,
@@ -260,7 +260,7 @@ def _spread(values: torch.Tensor, spread: str) -> torch.Tensor:
     return values
 
 
-def _stored(tensor: torch.Tensor, strides: str, device: str) -> torch.Tensor:
+def stored(tensor: torch.Tensor, strides: str, device: str) -> torch.Tensor:
     """`tensor` on `device`, with the strides asked for. What lies between its elements is poison."""
     if strides == "transposed":
         return tensor.to(device).transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -303,7 +303,7 @@ def _fill_value_page(pool, page: int, values: torch.Tensor, case: AttendCase) ->
         part[page, :, : values.shape[1]] = written
 
 
-def _ring(tokens: torch.Tensor, starts: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+def ring_of(tokens: torch.Tensor, starts: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """Tokens `starts[row] .. lengths[row]` of each sequence in a ring just large enough for the longest."""
     window = max(int(length - start) for start, length in zip(starts, lengths, strict=True))
     ring = tokens.new_full((*tokens.shape[:2], window + 3, tokens.shape[-1]), torch.nan)
@@ -313,7 +313,7 @@ def _ring(tokens: torch.Tensor, starts: torch.Tensor, lengths: tuple[int, ...]) 
     return ring
 
 
-def _sinks(tokens: torch.Tensor, num_sinks: int, lengths: tuple[int, ...]) -> torch.Tensor:
+def sinks_of(tokens: torch.Tensor, num_sinks: int, lengths: tuple[int, ...]) -> torch.Tensor:
     sinks = tokens.new_full((*tokens.shape[:2], num_sinks, tokens.shape[-1]), torch.nan)
     for row, length in enumerate(lengths):
         used = min(num_sinks, length)

@@ -1,0 +1,195 @@
+"""Ugly cases for attention over sparse codes, shared by every implementation's tests.
+
+As in `cases`, all memory that must not be read is poisoned: unused page slots and spare pages hold NaN
+coefficients and indices that no dictionary has, rings and sinks out of range hold NaN, and page-table entries
+past the end point nowhere.
+
+This module does not know which implementation is tested.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from cases import NOWHERE, ring_of, sinks_of, stored
+
+from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast, SparseSide
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """One batch for `sparse_attend`: a sequence of `lengths[b]` tokens, `num_coded[b]` of them coded.
+
+    `spread="equal"` gives every slot the same atom, `"outliers"` a few huge coefficients, `"zero"` none but 0;
+    `strides="sliced"` makes every tensor a view into a larger one.
+    """
+
+    name: str
+    lengths: tuple[int, ...]
+    num_coded: tuple[int, ...]
+    num_query_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    key_atoms: int = 7
+    value_atoms: int = 8
+    value_parts: int = 1
+    coefficient_bits: int = 6
+    num_key_atoms: int = 200
+    num_value_atoms: int = 100
+    page_tokens: int = 64
+    num_sinks: int = 0
+    dtype: torch.dtype = torch.float32
+    spread: str = "normal"
+    strides: str = "contiguous"
+    scaling: float | None = None  # None: 1 / sqrt(head_dim)
+
+
+@dataclass(frozen=True)
+class SparseInputs:
+    """`keys` and `values` are what the codes stand for, fp32 `[B, HK, max coded, D]`, found without words or pages."""
+
+    query: torch.Tensor
+    past: SparsePast
+    exact: ExactTokens
+    scaling: float
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def sparse_cases() -> list[SparseCase]:
+    base = SparseCase("base", (300,), (256,))
+    cases = [
+        base,
+        replace(base, name="length_1", lengths=(1,), num_coded=(0,)),
+        replace(base, name="length_1_coded", lengths=(1,), num_coded=(1,)),
+        replace(base, name="length_0", lengths=(0,), num_coded=(0,)),
+        replace(base, name="no_window", lengths=(256,)),
+        replace(base, name="none_coded", lengths=(97,), num_coded=(0,)),
+        replace(base, name="off_the_page", lengths=(210,), num_coded=(203,)),
+        replace(base, name="sinks", num_sinks=4),
+        replace(base, name="sinks_odd", lengths=(303,), num_coded=(251,), num_sinks=13),
+        replace(base, name="sinks_only", lengths=(3,), num_coded=(0,), num_sinks=5),
+        replace(base, name="long", lengths=(4001,), num_coded=(3873,)),
+        replace(base, name="ragged", lengths=(1, 0, 700, 256, 33, 129), num_coded=(0, 0, 572, 256, 1, 65)),
+        replace(base, name="ragged_sinks", lengths=(2, 0, 500, 4), num_coded=(0, 0, 400, 0), num_sinks=4,
+                strides="sliced"),
+        replace(base, name="one_atom", spread="equal"),
+        replace(base, name="zeros", spread="zero"),
+        replace(base, name="outliers", spread="outliers"),
+        replace(base, name="sliced", strides="sliced"),
+        replace(base, name="scaling", scaling=0.7),
+        replace(base, name="largest_dictionaries", num_key_atoms=1024, num_value_atoms=1024, value_parts=2),
+        replace(base, name="tiny_dictionaries", num_key_atoms=1, num_value_atoms=3),
+        replace(base, name="wide_indices", num_key_atoms=5000, num_value_atoms=4096, coefficient_bits=16),
+    ]  # fmt: skip
+    cases += [
+        replace(base, name=f"keys{keys}_values{values}_parts{parts}_bits{bits}", key_atoms=keys, value_atoms=values,
+                value_parts=parts, coefficient_bits=bits, num_coded=(219,))
+        for keys, values in [(1, 1), (4, 2), (8, 4), (16, 8), (3, 9)]
+        for parts in (1, 2)
+        for bits in (6, 16)
+    ]  # fmt: skip
+    cases += [
+        replace(base, name=f"heads{hq}_{hk}", num_query_heads=hq, num_kv_heads=hk, lengths=(190,), num_coded=(150,))
+        for hq, hk in [(1, 1), (3, 3), (2, 1), (7, 1), (6, 2), (14, 2), (16, 1)]
+    ]
+    cases += [
+        replace(base, name=f"dim{dim}_parts{parts}_page{page}", head_dim=dim, value_parts=parts, page_tokens=page,
+                num_coded=(231,))
+        for dim, parts, page in [
+            (8, 1, 16), (16, 2, 32), (32, 1, 128), (80, 2, 20), (96, 1, 48), (128, 2, 7), (256, 1, 256),
+        ]
+    ]  # fmt: skip
+    cases += [
+        replace(base, name=f"{str(dtype)[6:]}_heads{hq}", dtype=dtype, num_query_heads=hq, head_dim=128, num_sinks=4)
+        for dtype in (torch.float16, torch.bfloat16)
+        for hq in (2, 8)
+    ]
+    return cases
+
+
+def build_sparse(case: SparseCase, *, device: str = "cpu", seed: int = 0) -> SparseInputs:
+    """The input of a case, with everything that must not be read poisoned."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, page_tokens, most_coded = len(case.lengths), case.page_tokens, max(case.num_coded)
+    width = -(-most_coded // page_tokens) + 1
+    num_pages = batch * width + 2
+    table = torch.randperm(num_pages, generator=generator)[: batch * width].view(batch, width)
+    keys, key_tokens = _side(case, table, num_pages, case.key_atoms, 1, case.num_key_atoms, generator)
+    values, value_tokens = _side(
+        case, table, num_pages, case.value_atoms, case.value_parts, case.num_value_atoms, generator
+    )
+    for row, count in enumerate(case.num_coded):
+        num_used = -(-count // page_tokens)
+        table[row, num_used:] = torch.tensor([NOWHERE, -1, -NOWHERE]).repeat(width)[: width - num_used]
+
+    exact_shape = (batch, case.num_kv_heads, max(case.lengths), case.head_dim)
+    tokens = [torch.randn(exact_shape, generator=generator).to(case.dtype) for _ in ("keys", "values")]
+    sinks = torch.tensor([min(case.num_sinks, length) for length in case.lengths])
+    starts = sinks + torch.tensor(case.num_coded)
+    query = torch.randn(batch, case.num_query_heads, case.head_dim, generator=generator).to(case.dtype)
+
+    def on_device(side: SparseSide) -> SparseSide:
+        parts = (stored(part, case.strides, device) for part in (side.words, side.coefficients))
+        return SparseSide(*parts, stored(side.dictionary, case.strides, device))
+
+    return SparseInputs(
+        query=stored(query, case.strides, device),
+        past=SparsePast(
+            SparseLayout(page_tokens, case.key_atoms, case.value_atoms, case.value_parts, case.coefficient_bits),
+            on_device(keys),
+            on_device(values),
+            stored(table.to(torch.int32), case.strides, device),
+            torch.tensor(case.num_coded, dtype=torch.int32, device=device),
+        ),
+        exact=ExactTokens(
+            *(stored(ring_of(each, starts, case.lengths), case.strides, device) for each in tokens),
+            *(stored(sinks_of(each, case.num_sinks, case.lengths), case.strides, device) for each in tokens),
+            torch.tensor(case.lengths, dtype=torch.int32, device=device),
+        ),
+        scaling=case.head_dim**-0.5 if case.scaling is None else case.scaling,
+        keys=key_tokens.to(device),
+        values=value_tokens.to(device),
+    )
+
+
+def _side(case: SparseCase, table: torch.Tensor, num_pages: int, atoms: int, parts: int, num_atoms: int, generator):
+    """A side of a pool, and the tokens that it stands for."""
+    batch, heads, page_tokens = len(case.lengths), case.num_kv_heads, case.page_tokens
+    slots, is_packed = parts * atoms, case.coefficient_bits == 6
+    dictionary = torch.randn(num_atoms, case.head_dim // parts, generator=generator)
+    dictionary /= dictionary.norm(dim=-1, keepdim=True)
+
+    shape = (batch, heads, max(case.num_coded), slots)
+    indices = torch.randint(num_atoms, shape, generator=generator)
+    codes = torch.randint(-31, 32, shape, generator=generator)
+    size = torch.rand(shape[:-1], generator=generator) + 0.5
+    if case.spread == "equal":
+        indices[:] = num_atoms - 1
+    elif case.spread == "zero":
+        codes[:] = 0
+    elif case.spread == "outliers":
+        size[..., ::37] *= 60.0
+    scale = size.half()
+    numbers = scale.float().unsqueeze(-1) * codes / 31
+    if not is_packed:
+        numbers = numbers.half().float()
+
+    every_slot = (num_pages, heads, slots, page_tokens)
+    words = torch.full(every_slot, 0x7FFF, dtype=torch.int16)
+    coefficients = torch.full(every_slot[:2] + every_slot[3:] if is_packed else every_slot, torch.nan).half()
+    for row, count in enumerate(case.num_coded):
+        for token in range(0, count, page_tokens):
+            page, here = int(table[row, token // page_tokens]), slice(token, min(token + page_tokens, count))
+            used = here.stop - here.start
+            if is_packed:
+                written = (codes[row, :, here] << 10 | indices[row, :, here]).to(torch.int16)
+                coefficients[page, :, :used] = scale[row, :, here]
+            else:
+                written = indices[row, :, here].to(torch.int16)
+                coefficients[page, :, :, :used] = numbers[row, :, here].transpose(-1, -2).half()
+            words[page, :, :, :used] = written.transpose(-1, -2)
+
+    matrix = torch.zeros((*shape[:-1], parts, num_atoms)).scatter_add_(
+        -1, indices.unflatten(-1, (parts, atoms)), numbers.unflatten(-1, (parts, atoms))
+    )
+    return SparseSide(words, coefficients, dictionary), (matrix @ dictionary).flatten(-2)
