@@ -46,3 +46,13 @@ KVLens.follow = (component, receive) => {
   component.watch("value", () => receive(component.props.value));
   receive(component.props.value);
 };
+
+// A word from one part of the page to others: a listener hears the last one at once, and each `tell` after it.
+KVLens.signal = (last) => {
+  const listeners = [];
+  const listen = (listener) => { listeners.push(listener); listener(last); };
+  listen.tell = (word) => { last = word; for (const listener of listeners) listener(word); };
+  return listen;
+};
+
+KVLens.onModel = KVLens.signal("");

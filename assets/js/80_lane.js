@@ -180,11 +180,5 @@ KVLens.lane = (component, laneId) => {
   });
 };
 
-// Remarks come with the address (see keys.js): one message serves both lanes.
-KVLens.onRemarks = (() => {
-  const listeners = [];
-  let last = {};
-  const listen = (listener) => { listeners.push(listener); listener(last); };
-  listen.tell = (remarks) => { last = remarks; for (const listener of listeners) listener(remarks); };
-  return listen;
-})();
+// Remarks come with the address: one message serves both lanes.
+KVLens.onRemarks = KVLens.signal({});

@@ -97,7 +97,9 @@ KVLens.header = (component) => {
 
   function draw(text) {
     if (!text) return;
+    const before = state.name;
     state = JSON.parse(text);
+    if (state.name !== before) KVLens.onModel.tell(state.name);
     setText(name, state.name || words.no_model);
     const parts = [state.weight_bytes ? `${units.bytes(state.weight_bytes)} ${words.parameters}` : "",
       state.max_context ? KVLens.fill(words.context, { n: units.count(state.max_context) }) : "", state.device || ""];

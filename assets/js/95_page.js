@@ -28,10 +28,13 @@ KVLens.panels = (component) => {
   KVLens.follow(component, KVLens.feed.receive);
 };
 
-// Python writes the address and its remarks on the lanes' settings; the page only shows them.
+// Python writes the address and its remarks on the lanes' settings; the page shows them and says when they are old.
+// One event does all the noting: two on their way at once could come back in the wrong order.
 KVLens.address = (component) => {
+  let [isRestored, noted] = [false, ""];
   KVLens.follow(component, (text) => {
     if (!text) return;
+    isRestored = true;
     const { query, remarks } = JSON.parse(text);
     KVLens.onRemarks.tell(remarks);
     const kept = new URLSearchParams(location.search);
@@ -39,6 +42,13 @@ KVLens.address = (component) => {
     for (const name of ["__theme", "panels_off", "replay_rate"]) if (kept.has(name)) next.set(name, kept.get(name));
     const search = next.toString();
     history.replaceState(null, "", search ? `?${search}` : location.pathname);
+  });
+  const note = () => { if (isRestored) component.trigger("apply"); };
+  KVLens.onModel(note);
+  KVLens.feed.listen((payload) => {
+    if (payload.state !== "done" || payload.run_id === noted) return;
+    noted = payload.run_id;
+    note();
   });
 };
 
@@ -62,3 +72,6 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
   } else if (event.key === "?" && !isTyping) document.querySelector("#kv-help")?.click();
 });
+
+// Components that were there first are waiting for all of the above.
+dispatchEvent(new Event("kvlens"));

@@ -3,6 +3,7 @@
 The server runs in a thread, so that a test can hold what the page shows against the cache itself.
 """
 
+import os
 import shutil
 import socket
 import threading
@@ -18,6 +19,8 @@ ARGUMENTS = (
 )  # fmt: skip
 READY = "#kv-send"
 RUN_TIMEOUT_MS = 60_000
+SLOWER = float(os.environ.get("SLOW_BROWSER", "1"))
+"""How many times slower the page's processor is: finds races that a quick machine hides."""
 
 
 def pytest_collection_modifyitems(items):
@@ -140,6 +143,8 @@ def visit(browser, site):
         visitor = Visitor(context.new_page(), site)
         visitors.append(visitor)
         page, faults, own = visitor.page, visitor.faults, site.address
+        if SLOWER > 1:
+            context.new_cdp_session(page).send("Emulation.setCPUThrottlingRate", {"rate": SLOWER})
         page.on("console", lambda said: faults.append(f"console: {said.text}") if said.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
         page.on(

@@ -96,6 +96,18 @@ def test_stop_ends_the_answer_in_under_half_a_second(visitor, endless):
     assert visitor.page.locator("#kv-send").is_visible()
 
 
+def test_parts_that_are_there_before_the_script_wait_for_it(visitor):
+    held = []
+    visitor.page.route("**/kvlens/app.js*", lambda route: held.append(route))
+    visitor.page.goto(visitor.site.address)
+    visitor.page.wait_for_selector("#kv-header .kv-header", state="attached")
+    assert visitor.page.evaluate("window.KVLens === undefined")
+    held[0].continue_()
+    visitor.wait("window.KVLens && KVLens.feed.latest")
+    visitor.page.wait_for_selector("#kv-header .kv-word")
+    visitor.page.wait_for_selector("#kv-lane-b .kv-summary")
+
+
 def test_settings_survive_a_reload(visitor):
     visitor.open()
     page = visitor.page

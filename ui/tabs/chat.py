@@ -35,11 +35,17 @@ class ChatElements:
 
 
 def mounted(name: str, script: str, value: str | None = None, **options) -> gr.HTML:
-    """A component drawn by our own script into a fixed box; its value is one JSON string."""
+    """A component drawn by our own script into a fixed box; its value is one JSON string.
+
+    Gradio adds the page's head from its own script, so a component may be there before ours is.
+    """
     return gr.HTML(
         value,
         html_template=f'<div class="{name}"></div>',
-        js_on_load=script + "({element, props, trigger, watch});",
+        js_on_load=(
+            f"const mount = () => ({script})({{element, props, trigger, watch}});\n"
+            'if (window.KVLens) mount(); else addEventListener("kvlens", mount, { once: true });'
+        ),
         apply_default_css=False,
         padding=False,
         **options,
@@ -138,10 +144,8 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
         [elements.send.click, elements.prompt.submit], handlers.send, [elements.prompt, *settings], shown, **quick
     )
     again = elements.regenerate.click(handlers.regenerate, settings, shown, **quick)
-    told = (handlers.note_address, [elements.prompt, *settings], elements.address)
     for event in (asked, again):
         event.then(handlers.answer, None, shown, concurrency_limit=1, **slow)
-        event.then(*told, **quick)
     elements.stop.click(handlers.stop, None, shown, **quick)
     elements.edit.click(handlers.edit_last, None, shown, **quick)
     elements.clear.click(handlers.clear, None, shown, **quick)
@@ -154,16 +158,15 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     header.upload(handlers.upload, None, shown, **quick)
     header.export(handlers.export, None, [elements.download, elements.panels], **quick)
     header.model(handlers.change_model, None, [header, elements.panels], concurrency_limit=1, **slow)
-    for entry in (*elements.lanes, *elements.sampling):
-        entry.change(*told, **quick)
-    elements.prompt.blur(*told, **quick)
-    # One after the other: an address noted from controls that are not restored yet would lose the settings.
+    gr.on(
+        [*(entry.change for entry in settings), elements.sampling[0].blur, elements.prompt.blur, elements.address.apply],
+        handlers.note_address, [elements.prompt, *settings], elements.address, trigger_mode="always_last", **quick,
+    )  # fmt: skip
     restored = demo.load(
         handlers.restore, None, [elements.prompt, *settings, elements.address, elements.panels], **quick
     )  # fmt: skip
-    watched = restored.then(
+    restored.then(
         handlers.watch_model, None, header, api_visibility="private", show_progress="hidden",
         concurrency_id="watch", concurrency_limit=64,
     )  # fmt: skip
-    watched.then(*told, **quick)
     demo.unload(handlers.leave)
