@@ -1,9 +1,10 @@
 """Whole decode steps of a model, lane by lane: dense, packed, and Hugging Face's own cache.
 
-    python -m benchmarks.decode [--model NAME] [--contexts 200 1000 4000] [--steps 60]
+    python -m benchmarks.decode [--model NAME] [--contexts 256 1024 4096]
 
-The methods take one step each in turn, so that a busy moment of the machine hits all alike; the median
-counts. Bytes are live bytes of the cache.
+Cells are filled, stepped and read as in the page's throughput lab (`engine/throughput.py`); only here the
+methods take one step each in turn, so that a busy moment of the machine hits all alike. The median counts.
+A context is its length after the last step; bytes are live bytes of the cache.
 """
 
 import argparse
@@ -16,10 +17,10 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks import report
-from kvlens.engine.generate import forward, prefill
+from kvlens.engine.bench import Candidate, NetworkBench
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
-from kvlens.engine.warm_up import warm_up
+from kvlens.engine.throughput import TIMED_STEPS, WARM_UP_STEPS, FilledCell, plan_cells
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,8 @@ class Row:
     cache_mb: float
 
 
-def lanes(model: LoadedModel, prompt: list[int]) -> dict[str, tuple[Callable[[int], float], Callable[[], int]]]:
-    """For each method: a step that gives its milliseconds, and a reading of the cache's bytes."""
-    found = {}
-    for entry in available().values():
-        for preset, config in entry.presets.items():
-            warm_up(model, entry.name, config)
-            cache = model.new_cache(entry.name, config)
-            *_, _ = prefill(model, cache, prompt)
-            found[preset] = (
-                lambda token, cache=cache: forward(model, cache, [token]).milliseconds,
-                lambda cache=cache: cache.footprint().live_bytes,
-            )
-    found["Hugging Face DynamicCache, sdpa"] = _hugging_face(model, prompt)
-    return found
-
-
-def _hugging_face(model: LoadedModel, prompt: list[int]):
+def hugging_face(model: LoadedModel, context: int) -> tuple[Callable[[], float], Callable[[], int]]:
+    """The same step with the model's own cache and torch's attention: its milliseconds, and the cache's bytes."""
     cache = DynamicCache()
 
     def run(tokens: list[int]) -> float:
@@ -64,37 +50,47 @@ def _hugging_face(model: LoadedModel, prompt: list[int]):
         model.network.set_attn_implementation("kvlens")
         return milliseconds
 
-    run(prompt)
-    return (lambda token: run([token])), lambda: sum(l.keys.nbytes + l.values.nbytes for l in cache.layers)  # noqa: E741
+    run([40 + position % 50 for position in range(context - WARM_UP_STEPS - TIMED_STEPS)])
+    return (lambda: run([40])), lambda: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def measure(model: LoadedModel, context: int, steps: int) -> list[Row]:
+def measure(model: LoadedModel, context: int) -> list[Row]:
     """All methods at one context."""
-    vocabulary = model.network.get_input_embeddings().num_embeddings
-    prompt = [position * 7 % (vocabulary - 50) + 40 for position in range(context)]
-    running = lanes(model, prompt)
-    times: dict[str, list[float]] = {name: [] for name in running}
-    for step in range(steps + 5):
-        for name, (advance, _) in running.items():
-            milliseconds = advance(40 + step)
-            if step >= 5:
-                times[name].append(milliseconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    dense = next(iter(medians.values()))
-    return [
-        Row(name, context, median, 1000 / median, dense / median, running[name][1]() / 1e6)
-        for name, median in medians.items()
+    bench = NetworkBench(model)
+    candidates = [
+        Candidate(preset, entry.name, config)
+        for entry in available().values()
+        for preset, config in entry.presets.items()
     ]
+    cells = [FilledCell(bench, cell) for cell in plan_cells(candidates, [context], [1])]
+    for cell in cells:
+        for _ in cell.fill():
+            pass
+    step, held = hugging_face(model, context)
+    times = []
+    for number in range(WARM_UP_STEPS + TIMED_STEPS):
+        for cell in cells:
+            cell.step()
+        milliseconds = step()
+        if number >= WARM_UP_STEPS:
+            times.append(milliseconds)
+    found = [
+        (cell.cell.candidate.label, result.step_ms, result.kv_bytes) for cell in cells for result in [cell.result()]
+    ]
+    found.append(("Hugging Face DynamicCache, sdpa", statistics.median(times), held()))
+    for cell in cells:
+        cell.close()
+    dense = found[0][1]
+    return [Row(name, context, median, 1000 / median, dense / median, size / 1e6) for name, median, size in found]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face name or folder; the embedded model without it")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[200, 1000, 4000])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096])
     arguments = parser.parse_args()
     model = load_model(arguments.model)
-    rows = [row for context in arguments.contexts for row in measure(model, context, arguments.steps)]
+    rows = [row for context in arguments.contexts for row in measure(model, context)]
     print(f"{model.name} on {model.device_name}")
     report.show(rows)
     report.save("decode", rows, model.device)

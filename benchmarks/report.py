@@ -1,31 +1,15 @@
 """How every benchmark says what it found: a table for people, a CSV with its conditions for programs."""
 
 import csv
-import datetime
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
-import kvlens
-from kvlens.engine.measure import device_name
+from kvlens.engine.measure import conditions
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
-    """What a figure depends on besides the code: date, device, versions."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "device": device_name(torch.device(device)),
-        "kvlens": kvlens.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def show(rows: Sequence[object]) -> None:

@@ -8,11 +8,13 @@ from kvlens.engine.errors import OutOfMemory
 class MemoryBudget:
     """Counts reserved cache bytes; caches take before they allocate and give back when freed.
 
-    `limit_bytes` None counts without a bound. Safe from several threads.
+    `limit_bytes` None counts without a bound. What is taken is taken from the budget `within` as well, if there
+    is one. Safe from several threads.
     """
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None = None, *, within: "MemoryBudget | None" = None) -> None:
         self.limit_bytes = limit_bytes
+        self._within = within
         self._used_bytes = 0
         self._lock = threading.Lock()
 
@@ -29,8 +31,12 @@ class MemoryBudget:
                     f"{self._used_bytes / 2**20:.0f} are taken; this cache asks for "
                     f"{num_bytes / 2**20:.0f} more. Clear a chat, ask for fewer tokens or compress more."
                 )
+            if self._within is not None:
+                self._within.take(num_bytes)
             self._used_bytes += num_bytes
 
     def give(self, num_bytes: int) -> None:
         with self._lock:
             self._used_bytes -= num_bytes
+        if self._within is not None:
+            self._within.give(num_bytes)

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
+from kvlens.engine.facts import ModelFacts
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
 from kvlens.engine.layer import LayerHandle
 from kvlens.engine.probe import ErrorProbe
@@ -50,6 +51,7 @@ class KVCache(transformers.Cache, ABC):
     """Keys and values of all layers of `batch_size` sequences, in the form of one method.
 
     `dtype` is the type of what is kept exact: 16 bits, so that every lane is compared on equal terms.
+    `facts` is what a method may ask of the model beyond its shape; methods that need none do without.
     `lengths[layer][row]` counts the tokens of a sequence that are stored (without pending prompt tokens
     and without padding); `seen_tokens` counts the columns of the batch, padding included, as
     transformers does.
@@ -66,6 +68,7 @@ class KVCache(transformers.Cache, ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float16,
         budget: MemoryBudget | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         config.check(shape)
         if batch_size < 1:
@@ -77,6 +80,7 @@ class KVCache(transformers.Cache, ABC):
         self.device = torch.device(device)
         self.dtype = dtype
         self.budget = budget or MemoryBudget()
+        self.facts = facts
         self.probe: ErrorProbe | None = None
         self.lengths = [[0] * batch_size for _ in range(shape.num_layers)]
         self._seen = [0] * shape.num_layers
@@ -143,6 +147,11 @@ class KVCache(transformers.Cache, ABC):
         return CacheView(tile.keys[head].float().cpu().numpy(), tile.values[head].float().cpu().numpy())
 
     @property
+    def shared_bytes(self) -> int:
+        """Bytes that all caches of the model read and none owns, such as learned dictionaries."""
+        return 0
+
+    @property
     def attention_path(self) -> str:
         """What computes a step's attention, in words for the screen."""
         return "rebuilt tile by tile (no kernel yet)"
@@ -178,6 +187,16 @@ class KVCache(transformers.Cache, ABC):
         if valid is not None and bool(valid.all()):
             valid = None
         return self._attend_prompt(layer, query, Tile(keys, values), valid, scaling=scaling)
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add prompt tokens that nobody attends from; `end_prefill` packs them. Shapes: `[B, HK, T, D]`.
+
+        For keys and values that come from elsewhere than a forward pass: a measurement, another cache.
+        """
+        if keys.shape[0] != self.num_rows:
+            raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {keys.shape[0]}")
+        self._seen[layer] += keys.shape[2]
+        self._wait_for_end(layer, Tile(keys, values))
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
@@ -253,7 +272,9 @@ class KVCache(transformers.Cache, ABC):
             parts["window"] = parts.get("window", 0) + exact * self.dtype.itemsize
         held = [*self.tensors(), *(side for tile in pending for side in (tile.keys, tile.values))]
         probe_bytes = 0 if self.probe is None else self.probe.nbytes
-        return Footprint(self.num_tokens, parts, storage_bytes(held), self._checkpoint_bytes, probe_bytes)
+        return Footprint(
+            self.num_tokens, parts, storage_bytes(held), self._checkpoint_bytes, probe_bytes, self.shared_bytes
+        )
 
     def watch(self, layer: int = 0) -> ErrorProbe:
         """Measure errors at every flush from now on, and keep exact copies of `layer`. One sequence only."""
@@ -288,14 +309,18 @@ class KVCache(transformers.Cache, ABC):
     def _no_pending(self) -> list[list[list[Tile]]]:
         return [[[] for _ in range(self.num_rows)] for _ in range(self.shape.num_layers)]
 
+    def _wait_for_end(self, layer: int, fresh: Tile) -> None:
+        """Keep exact prompt tokens of all rows until `end_prefill`. Shapes: `[B, HK, T, D]`."""
+        for row in range(self.num_rows):
+            self._pending[layer][row].append(Tile(fresh.keys[row], fresh.values[row]))
+
     def _attend_prompt(
         self, layer: int, query: torch.Tensor, fresh: Tile, valid: torch.Tensor | None, *, scaling: float
     ) -> torch.Tensor:
         pending = self._pending[layer]
         is_first = not any(self.lengths[layer]) and not any(pending)
         if valid is None and is_first:
-            for row in range(self.num_rows):
-                pending[row].append(Tile(fresh.keys[row], fresh.values[row]))
+            self._wait_for_end(layer, fresh)
             return scaled_dot_product_attention(
                 query, fresh.keys, fresh.values, is_causal=query.shape[2] > 1, scale=scaling,
                 enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,

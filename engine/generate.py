@@ -4,7 +4,7 @@ Knows a model, a cache and a sampler. Knows no text templates, no lanes and no s
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,11 +28,17 @@ class Forward:
 
 def forward(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Forward:
     """One pass of one sequence over `token_ids`, timed by itself."""
-    ids = torch.tensor([token_ids], device=model.device)
+    result = forward_batch(model, cache, [token_ids])
+    return replace(result, logits=result.logits[0])
+
+
+def forward_batch(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> Forward:
+    """The same for as many tokens of each sequence of a batch. Shapes: rows `[B][T]`, logits `[B, V]`."""
+    ids = torch.tensor(rows, device=model.device)
     watch = Stopwatch()
     with torch.inference_mode(), watch.measure(model.device):
-        logits = model.network(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
-    return Forward(logits, watch.milliseconds, len(token_ids))
+        logits = model.network(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    return Forward(logits, watch.milliseconds, ids.numel())
 
 
 def prefill(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Iterator[Forward]:

@@ -1,14 +1,19 @@
 """Clocks and memory: milliseconds of a step, bytes of the process and of the device."""
 
+import datetime
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
+import transformers
 
+import kvlens
 from kvlens.engine.trace import MachineMemory
 
 
@@ -56,6 +61,27 @@ def device_name(device: torch.device) -> str:
     return f"{_processor_name()}, {torch.get_num_threads()} threads"
 
 
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before the memory: the GPU's L2, or the processor's own, 32 MiB where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    told = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in (one.read_text().strip() for one in told)]
+    return max(sizes, default=32 * 2**20)
+
+
+def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """What a figure depends on besides the code: date, device, versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "device": device_name(torch.device(device)),
+        "kvlens": kvlens.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _device_bytes(device: torch.device) -> tuple[int | None, int | None]:
     """Used and total bytes of the whole card by NVML, other processes included; None without a driver."""
     nvml = _nvml()
@@ -88,6 +114,4 @@ def _processor_name() -> str:
                     return " ".join(line.split(":", 1)[1].replace("(R)", "").replace("Processor", "").split())
     except OSError:
         pass
-    import platform
-
     return platform.processor() or platform.machine()
