@@ -49,6 +49,18 @@ def write_int64(typing, address, number):
 
 
 @intrinsic
+def write_int16(typing, address, number):
+    """Store the low sixteen bits of an int64."""
+
+    def codegen(context, builder, signature, values):
+        kind = ir.IntType(16)
+        builder.store(builder.trunc(values[1], kind), builder.inttoptr(values[0], kind.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_add(typing, address, number):
     """Add to the int64 at `address`; gives what was there. Orders memory like a lock."""
 

@@ -10,7 +10,7 @@ from kvlens.kernels import pursuit
 from kvlens.kernels.pursuit import SparseCodes, pack_atoms, unpack_atoms
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "cpu", "cpu-generic"])
 def module(request, monkeypatch):
     """The module of one implementation; `cpu-generic` is the native one as a processor without AVX-512 runs it."""
     name, _, features = request.param.partition("-")

@@ -1,0 +1,317 @@
+"""The pursuits on the CPU, over the dictionary's Gram matrix.
+
+Eight vectors go side by side: their products with all N atoms are computed once, in registers' tiles, and stay in the
+first-level cache; from then on an iteration is one sweep over a row of the Gram matrix, which subtracts and
+searches at once. While one vector is swept the rows of the others are on their way. The fits solve all eight
+systems in eight lanes.
+
+Arithmetic: 2 N W for the products and 2 N (s - 1) for the sweeps, a vector. Groups are shared out over torch's
+threads.
+"""
+
+import ctypes
+import math
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kvlens.kernels.native import jit, threads
+from kvlens.kernels.native.dense_rows import padded, read_rows
+from kvlens.kernels.native.jit import depends_on
+from kvlens.kernels.native.pursuit_rows import (
+    GROUP_VECTORS,
+    LANE_BYTES,
+    SWEEP_ATOMS,
+    TILE_ATOMS,
+    factor_row,
+    multiply_group,
+    prefetch_row,
+    strongest,
+    substitute_back,
+    subtract_row,
+    sum_atoms,
+)
+from kvlens.kernels.native.scalars import (
+    atomic_add,
+    field_access,
+    read_float,
+    read_int64,
+    write_float,
+    write_int16,
+    write_int64,
+)
+from kvlens.kernels.native.vectors import BF16, CACHE_LINE_BYTES, FP16, FP32
+from kvlens.kernels.pursuit import SparseCodes
+from kvlens.kernels.pursuit.reference import MIN_PIVOT
+
+jit.require_half_floats()
+
+ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
+MIN_PARALLEL_GROUPS = 4  # groups below which waking a team costs more than it saves
+RESTORED_PER_ITEM = 256
+
+_CONSTANTS = torch.tensor([1.0, MIN_PIVOT])
+
+
+class PursuitArguments(ctypes.Structure):
+    """Addresses and counts of one call; `*_stride` and `*_bytes` in bytes."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in (
+        "vectors", "vector_stride", "num_vectors", "sparsity",
+        "tiles", "gram", "num_atoms", "constants",
+        "indices", "coefficients",
+        "scratch", "scratch_bytes", "products_offset", "next_item", "next_thread",
+    ))  # fmt: skip
+
+
+field, field_address = field_access(PursuitArguments)
+
+
+class RestoreArguments(ctypes.Structure):
+    """Addresses and counts of one call."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in (
+        "indices", "coefficients", "sparsity", "dictionary", "vectors", "num_vectors", "next_item",
+    ))  # fmt: skip
+
+
+restore_field, restore_field_address = field_access(RestoreArguments)
+
+
+def pursue(
+    vectors: torch.Tensor,
+    dictionary: torch.Tensor,
+    *,
+    sparsity: int,
+    gram: torch.Tensor | None,
+    distinct: bool,
+    refit: bool,
+    orthogonal: bool,
+) -> SparseCodes:
+    """See `kvlens.kernels.pursuit.pursue`."""
+    *leading, width = vectors.shape
+    indices = torch.empty((*leading, sparsity), dtype=torch.int16)
+    coefficients = torch.empty((*leading, sparsity), dtype=torch.float32)
+    if not indices.numel():
+        return SparseCodes(indices, coefficients)
+    rows = vectors.reshape(-1, width)
+    if rows.dtype not in ELEMENTS:
+        rows = rows.float()
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    prepared = _prepare(dictionary, gram)
+    num_atoms = len(prepared.gram)
+
+    num_groups = -(-len(rows) // GROUP_VECTORS)
+    num_threads = min(threads.num_threads(), num_groups) if num_groups >= MIN_PARALLEL_GROUPS else 1
+    tables_bytes = LANE_BYTES * sparsity * (6 + 2 * sparsity) + 4 * padded(width) * GROUP_VECTORS
+    products_offset = -(-tables_bytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+    scratch_bytes = products_offset + 4 * num_atoms * GROUP_VECTORS
+    scratch = _scratch(num_threads * scratch_bytes)
+    block = PursuitArguments(
+        vectors=rows.data_ptr(),
+        vector_stride=rows.element_size() * rows.stride(0),
+        num_vectors=len(rows),
+        sparsity=sparsity,
+        tiles=prepared.tiles.data_ptr(),
+        gram=prepared.gram.data_ptr(),
+        num_atoms=num_atoms,
+        constants=_CONSTANTS.data_ptr(),
+        indices=indices.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        scratch=scratch.data_ptr(),
+        scratch_bytes=scratch_bytes,
+        products_offset=products_offset,
+    )
+    worker = _pursuit_worker(ELEMENTS[rows.dtype], width, distinct, refit, orthogonal)
+    threads.run(worker, ctypes.addressof(block), num_threads)
+    return SparseCodes(indices, coefficients)
+
+
+def restore(codes: SparseCodes, dictionary: torch.Tensor) -> torch.Tensor:
+    """See `kvlens.kernels.pursuit.restore`."""
+    *leading, sparsity = codes.indices.shape
+    vectors = torch.empty((*leading, dictionary.shape[1]), dtype=torch.float32)
+    num_vectors = math.prod(leading)
+    if num_vectors == 0 or sparsity == 0:
+        return vectors.zero_()
+    indices, coefficients = codes.indices.to(torch.int16).contiguous(), codes.coefficients.float().contiguous()
+    dictionary = dictionary.contiguous()
+    block = RestoreArguments(
+        indices=indices.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        sparsity=sparsity,
+        dictionary=dictionary.data_ptr(),
+        vectors=vectors.data_ptr(),
+        num_vectors=num_vectors,
+    )
+    num_threads = min(threads.num_threads(), -(-num_vectors // RESTORED_PER_ITEM))
+    threads.run(_restore_worker(dictionary.shape[1]), ctypes.addressof(block), num_threads)
+    return vectors
+
+
+def warm_up(*, width: int, dtype: torch.dtype, distinct=False, refit=False, orthogonal=False) -> float:
+    """Compile what these arguments need; gives the milliseconds spent. Safe on a background thread."""
+    known = set(jit.compiled())
+    _pursuit_worker(ELEMENTS[dtype], width, distinct or refit or orthogonal, refit, orthogonal)
+    _restore_worker(width)
+    return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+def pursuit_worker(element, width, tile_vectors, distinct, refit, orthogonal, source):
+    """The kernel that every thread runs: draw groups of eight vectors until none is left."""
+
+    def worker(arguments):
+        depends_on(source)
+        thread = atomic_add(field_address(arguments, "next_thread"), 1)
+        sparsity, num_atoms = field(arguments, "sparsity"), field(arguments, "num_atoms")
+        gram, num_vectors = field(arguments, "gram"), field(arguments, "num_vectors")
+        one = field(arguments, "constants")
+        table_bytes = LANE_BYTES * sparsity
+        coefficients = field(arguments, "scratch") + thread * field(arguments, "scratch_bytes")
+        changes = coefficients + table_bytes
+        half_way = changes + table_bytes
+        inverse = half_way + table_bytes
+        chosen = inverse + table_bytes  # int64
+        chosen_gram = chosen + 2 * table_bytes
+        lower = chosen_gram + sparsity * table_bytes
+        rows = lower + sparsity * table_bytes
+        all_products = (
+            field(arguments, "scratch")
+            + thread * field(arguments, "scratch_bytes")
+            + field(arguments, "products_offset")
+        )
+        group = atomic_add(field_address(arguments, "next_item"), 1)
+        while group * GROUP_VECTORS < num_vectors:
+            first = group * GROUP_VECTORS
+            count = min(GROUP_VECTORS, num_vectors - first)
+            stride = field(arguments, "vector_stride")
+            read_rows((field(arguments, "vectors") + first * stride, stride, count, rows, one), element, width, 1)
+            multiply_group((rows, field(arguments, "tiles"), num_atoms, all_products), width, tile_vectors)
+            for step in range(sparsity):
+                here = LANE_BYTES * step
+                for vector in range(count):
+                    products = all_products + 4 * num_atoms * vector
+                    if step == 0:
+                        index = strongest((products, num_atoms))
+                    else:
+                        index = 0
+                        for j in range(0 if orthogonal else step - 1, step):
+                            row = gram + 4 * num_atoms * read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
+                            change = changes + LANE_BYTES * j + 4 * vector
+                            index = subtract_row((products, num_atoms, row, change))
+                    product = read_float(products + 4 * index)
+                    row = gram + 4 * num_atoms * index
+                    if step + 1 < sparsity:
+                        prefetch_row((row, num_atoms))
+                    write_int64(chosen + 2 * here + 8 * vector, index)
+                    write_int16(field(arguments, "indices") + 2 * ((first + vector) * sparsity + step), index)
+                    write_float(changes + here + 4 * vector, product)
+                    write_float(coefficients + here + 4 * vector, product * (0 if orthogonal else 1))
+                    if distinct:
+                        write_float(products + 4 * index, math.nan)  # NaN stays NaN and is never the strongest
+                    if refit or orthogonal:
+                        write_float(half_way + here + 4 * vector, product)
+                        for j in range(step + 1):
+                            other = read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
+                            entry = chosen_gram + (step * sparsity + j) * LANE_BYTES + 4 * vector
+                            write_float(entry, read_float(row + 4 * other))
+                if orthogonal:
+                    factor_row((step, sparsity, one + 4, chosen_gram, lower, inverse, half_way, coefficients))
+                    substitute_back((step + 1, sparsity, lower, inverse, half_way, coefficients, changes))
+            if refit and not orthogonal:
+                for j in range(sparsity):
+                    factor_row((j, sparsity, one + 4, chosen_gram, lower, inverse, half_way, coefficients))
+                substitute_back((sparsity, sparsity, lower, inverse, half_way, coefficients, changes))
+            for vector in range(count):
+                for j in range(sparsity):
+                    target = field(arguments, "coefficients") + 4 * ((first + vector) * sparsity + j)
+                    write_float(target, read_float(coefficients + LANE_BYTES * j + 4 * vector))
+            group = atomic_add(field_address(arguments, "next_item"), 1)
+
+    return worker
+
+
+def restore_worker(width, source):
+    """The kernel that every thread runs: draw runs of vectors until none is left."""
+
+    def worker(arguments):
+        depends_on(source)
+        sparsity, num_vectors = restore_field(arguments, "sparsity"), restore_field(arguments, "num_vectors")
+        item = atomic_add(restore_field_address(arguments, "next_item"), 1)
+        while item * RESTORED_PER_ITEM < num_vectors:
+            first = item * RESTORED_PER_ITEM
+            sum_atoms((
+                restore_field(arguments, "indices") + 2 * first * sparsity,
+                restore_field(arguments, "coefficients") + 4 * first * sparsity,
+                sparsity, restore_field(arguments, "dictionary"),
+                restore_field(arguments, "vectors") + 4 * first * width,
+                min(RESTORED_PER_ITEM, num_vectors - first),
+            ), width, 1)  # fmt: skip
+            item = atomic_add(restore_field_address(arguments, "next_item"), 1)
+
+    return worker
+
+
+def _pursuit_worker(element: int, width: int, distinct: bool, refit: bool, orthogonal: bool) -> int:
+    # Sums fill the registers: 32 of sixteen floats with AVX-512, else 16 of eight.
+    tile_vectors = GROUP_VECTORS if jit.has_lookups() else 2
+    return jit.kernel(pursuit_worker, element, width, tile_vectors, int(distinct), int(refit), int(orthogonal)).address
+
+
+def _restore_worker(width: int) -> int:
+    return jit.kernel(restore_worker, width).address
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dictionaries as the kernels want them
+
+
+@dataclass
+class _Prepared:
+    """A dictionary filled up with atoms of zeros. Shapes: tiles `[N / 32, W, 32]`, gram `[N, N]`, both fp32."""
+
+    version: int  # of the dictionary, which may be written to
+    tiles: torch.Tensor
+    gram: torch.Tensor | None = None
+
+
+_prepared = WeakTensorKeyDictionary()  # as long as the dictionaries live
+
+
+def _prepare(dictionary: torch.Tensor, gram: torch.Tensor | None) -> _Prepared:
+    """The dictionary's tiles, with `gram` where it can be used as it is, else with one of our own."""
+    version = -1 if dictionary.is_inference() else dictionary._version
+    found = _prepared.get(dictionary)
+    if found is None or found.version != version or version == -1:
+        padding = -len(dictionary) % SWEEP_ATOMS
+        atoms = torch.nn.functional.pad(dictionary.detach(), (0, 0, 0, padding))
+        found = _Prepared(version, atoms.view(-1, TILE_ATOMS, atoms.shape[1]).mT.contiguous())
+        if version != -1:
+            _prepared[dictionary] = found
+    if gram is not None and gram.is_contiguous() and len(gram) % SWEEP_ATOMS == 0:
+        return _Prepared(version, found.tiles, gram)
+    if found.gram is None:
+        atoms = found.tiles.mT.flatten(0, 1)
+        found.gram = atoms @ atoms.mT
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+_of_this_thread = threading.local()
+
+
+def _scratch(num_bytes: int) -> torch.Tensor:
+    """Memory of this thread, kept from call to call and grown when needed."""
+    held = getattr(_of_this_thread, "scratch", None)
+    if held is None or held.numel() < num_bytes:
+        held = _of_this_thread.scratch = torch.empty(num_bytes, dtype=torch.uint8)
+    return held
