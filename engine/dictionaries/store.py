@@ -37,11 +37,16 @@ class MissingDictionary(EngineError):
 
 @dataclass(frozen=True)
 class DictionaryKind:
-    """Which dictionary a method wants. Keys are coded before or after RoPE; values in `value_parts` equal parts."""
+    """Which dictionary a method wants.
+
+    Keys are coded before or after RoPE, values in `value_parts` equal parts. Where `is_centred`, what is coded is the
+    difference from a mean vector of each head.
+    """
 
     space: str
     num_atoms: int
     value_parts: int = 1
+    is_centred: bool = False
 
     def __post_init__(self) -> None:
         if self.space not in SPACES:
@@ -53,23 +58,27 @@ class DictionaryKind:
 
     @property
     def name(self) -> str:
-        """As in file names and on the command line, such as `post-rope-1024-v1`."""
-        return f"{self.space.replace('_', '-')}-{self.num_atoms}-v{self.value_parts}"
+        """As in file names and on the command line, such as `pre-rope-1024-v1-centred`."""
+        return f"{self.space.replace('_', '-')}-{self.num_atoms}-v{self.value_parts}{'-centred' * self.is_centred}"
 
     @classmethod
     def parse(cls, name: str) -> "DictionaryKind":
         """The kind called `name`. Raises: EngineError."""
-        match = re.fullmatch(r"(pre|post)-rope-(\d+)-v([12])", name)
+        match = re.fullmatch(r"(pre|post)-rope-(\d+)-v([12])(-centred)?", name)
         if match is None:
-            raise EngineError(f"a kind of dictionary is called like post-rope-1024-v1; got {name!r}")
-        return cls(f"{match[1]}_rope", int(match[2]), int(match[3]))
+            raise EngineError(
+                f"a kind of dictionary is called like pre-rope-1024-v2 or pre-rope-1024-v1-centred; got {name!r}"
+            )
+        return cls(f"{match[1]}_rope", int(match[2]), int(match[3]), match[4] is not None)
 
 
 @dataclass(frozen=True)
 class DictionarySet:
     """The dictionaries of all layers of a model. Layers that share one share the tensor object.
 
-    Shapes: keys[layer] float32 `[N, D]`, values[layer] float32 `[N, D / value_parts]`, rows of length 1.
+    Shapes: keys[layer] float32 `[N, D]`, values[layer] float32 `[N, D / value_parts]`, rows of length 1;
+    key_means[layer] and value_means[layer] float32 `[HK, D]`, or None where the kind is not centred. Means of keys are
+    always those before RoPE: what is coded after RoPE is the difference from the mean turned to the key's position.
     `card` says what they were learned from and how well they fit; it is plain JSON.
     """
 
@@ -77,6 +86,8 @@ class DictionarySet:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     card: dict[str, Any] = field(default_factory=dict)
+    key_means: list[torch.Tensor] | None = None
+    value_means: list[torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.values):
@@ -87,15 +98,29 @@ class DictionarySet:
                     raise ValueError(
                         f"{side} of layer {layer} must be [{self.kind.num_atoms}, width]; got {list(atoms.shape)}"
                     )
+        for means in (self.key_means, self.value_means):
+            if (means is not None) != self.kind.is_centred or (means is not None and len(means) != self.num_layers):
+                raise ValueError(
+                    f"means must be given for every layer if, and only if, the kind {self.kind} is centred"
+                )
 
     @property
     def num_layers(self) -> int:
         return len(self.keys)
 
+    def to(self, device: torch.device | str) -> "DictionarySet":
+        """The same set with its atoms on `device`; itself if they are there. Shared dictionaries stay shared."""
+        moved = {id(atoms): atoms.to(device) for atoms in (*self.keys, *self.values)}
+        if all(moved[id(atoms)] is atoms for atoms in (*self.keys, *self.values)):
+            return self
+        sides = ([moved[id(atoms)] for atoms in side] for side in (self.keys, self.values))
+        return DictionarySet(self.kind, *sides, self.card)
+
     @property
     def num_bytes(self) -> int:
         """Bytes in memory; a shared dictionary counts once."""
-        return sum({id(atoms): atoms.nbytes for atoms in (*self.keys, *self.values)}.values())
+        held = (*self.keys, *self.values, *(self.key_means or ()), *(self.value_means or ()))
+        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 
 def fingerprint(network: torch.nn.Module) -> torch.Tensor:
@@ -154,6 +179,8 @@ def write(dictionaries: DictionarySet, mark: torch.Tensor, path: Path) -> None:
     tensors = {"fingerprint": mark.float().contiguous()}
     for side, layers in (("keys", dictionaries.keys), ("values", dictionaries.values)):
         tensors |= {f"{side}.{layer}": layers[layer].half().contiguous().cpu() for layer in set(groups[side])}
+    for side, means in (("key_means", dictionaries.key_means), ("value_means", dictionaries.value_means)):
+        tensors |= {f"{side}.{layer}": mean.float().contiguous().cpu() for layer, mean in enumerate(means or ())}
     header = {"kind": dictionaries.kind.name, "groups": groups, "card": dictionaries.card}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -185,12 +212,21 @@ class StoredSet:
 
     def load(self) -> DictionarySet:
         """Its dictionaries, in float32 and of unit length again. Raises: EngineError if the file is damaged."""
-        header = _header(self.path)
-        names = {f"{side}.{layer}" for side, layers in header["groups"].items() for layer in layers}
+        groups = _header(self.path)["groups"]
         with safe_open(self.path, "pt") as file:
-            atoms = {name: normalize(file.get_tensor(name).float(), dim=1) for name in names}
-        sides = {side: [atoms[f"{side}.{layer}"] for layer in layers] for side, layers in header["groups"].items()}
-        return DictionarySet(self.kind, sides["keys"], sides["values"], self.card)
+
+            def atoms(side: str) -> list[torch.Tensor]:
+                own = {layer: normalize(file.get_tensor(f"{side}.{layer}").float(), dim=1) for layer in {*groups[side]}}
+                return [own[layer] for layer in groups[side]]
+
+            def means(side: str) -> list[torch.Tensor] | None:
+                if not self.kind.is_centred:
+                    return None
+                return [file.get_tensor(f"{side}.{layer}") for layer in range(len(groups["keys"]))]
+
+            return DictionarySet(
+                self.kind, atoms("keys"), atoms("values"), self.card, means("key_means"), means("value_means")
+            )
 
 
 def read(path: Path) -> StoredSet:

@@ -24,7 +24,8 @@ def make_set(kind: DictionaryKind = KIND, *, num_layers: int = 3, head_dim: int 
     """Random atoms; the keys of layers 0 and 1 are shared."""
     keys = [normalize(torch.randn(kind.num_atoms, head_dim), dim=1) for _ in range(num_layers)]
     values = [normalize(torch.randn(kind.num_atoms, head_dim // kind.value_parts), dim=1) for _ in range(num_layers)]
-    return DictionarySet(kind, [keys[0], keys[0], *keys[2:]], values, {"model": "one", "seconds": 1.5})
+    means = [torch.randn(2, head_dim) for _ in range(num_layers)] if kind.is_centred else None
+    return DictionarySet(kind, [keys[0], keys[0], *keys[2:]], values, {"model": "one", "seconds": 1.5}, means, means)
 
 
 @pytest.fixture
@@ -44,6 +45,19 @@ def test_a_set_comes_back_with_shared_layers_and_unit_atoms(tmp_path, mark):
     assert found.keys[0] is not found.keys[2]
     assert found.card == saved.card
     assert found.num_bytes == 4 * 16 * (2 * 8 + 3 * 4)
+
+
+def test_means_of_a_centred_set_come_back_exactly(tmp_path, mark):
+    kind = DictionaryKind("pre_rope", 16, 1, is_centred=True)
+    saved = make_set(kind)
+    DictionaryStore([tmp_path], mark).save(saved)
+    found = DictionaryStore([tmp_path], mark).find(kind)
+    for one, other in zip((*saved.key_means, *saved.value_means), (*found.key_means, *found.value_means), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="means"):
+        DictionarySet(kind, saved.keys, saved.values)
+    with pytest.raises(ValueError, match="means"):
+        DictionarySet(KIND, saved.keys, [atoms[:, :4] for atoms in saved.values], {}, saved.key_means, None)
 
 
 def test_a_set_is_read_once_and_again_after_saving(tmp_path, mark):
@@ -109,8 +123,11 @@ def test_an_interrupted_save_leaves_the_old_set(tmp_path, mark, monkeypatch):
 def test_kinds_have_names_and_rules():
     assert DictionaryKind.parse(KIND.name) == KIND
     assert DictionaryKind("pre_rope", 1024, 2).name == "pre-rope-1024-v2"
+    centred = DictionaryKind("pre_rope", 1024, 1, is_centred=True)
+    assert centred.name == "pre-rope-1024-v1-centred"
+    assert DictionaryKind.parse(centred.name) == centred
     for wrong in ("post-rope-16", "mid-rope-16-v1", "post-rope-x-v1"):
-        with pytest.raises(EngineError, match="post-rope-1024-v1"):
+        with pytest.raises(EngineError, match="pre-rope-1024-v1"):
             DictionaryKind.parse(wrong)
     with pytest.raises(ValueError, match="32769"):
         DictionaryKind("post_rope", 32_769)
