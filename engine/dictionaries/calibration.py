@@ -143,9 +143,5 @@ def collect(model: LoadedModel, rows: Sequence[Sequence[int]]) -> Iterator[float
             values[layer].append(kept.values[0].half().cpu())
         yield (place + 1) / len(rows)
     positions = torch.cat([torch.arange(len(row)) for row in rows])
-    yield Collected(
-        [torch.cat(pieces, dim=1) for pieces in keys],
-        [torch.cat(pieces, dim=1) for pieces in values],
-        positions,
-        rotary,
-    )
+    sides = ([torch.cat(pieces, dim=1) for pieces in layers] for layers in (keys, values))
+    yield Collected(*sides, positions, rotary)

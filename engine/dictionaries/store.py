@@ -180,7 +180,7 @@ def write(dictionaries: DictionarySet, mark: torch.Tensor, path: Path) -> None:
     for side, layers in (("keys", dictionaries.keys), ("values", dictionaries.values)):
         tensors |= {f"{side}.{layer}": layers[layer].half().contiguous().cpu() for layer in set(groups[side])}
     for side, means in (("key_means", dictionaries.key_means), ("value_means", dictionaries.value_means)):
-        tensors |= {f"{side}.{layer}": mean.float().contiguous().cpu() for layer, mean in enumerate(means or ())}
+        tensors |= {f"{side}.{layer}": mean.float().cpu().clone() for layer, mean in enumerate(means or ())}
     header = {"kind": dictionaries.kind.name, "groups": groups, "card": dictionaries.card}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
