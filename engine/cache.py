@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
-from kvlens.engine.facts import ModelFacts
+from kvlens.engine.facts import Facts
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
 from kvlens.engine.layer import LayerHandle
 from kvlens.engine.probe import ErrorProbe
@@ -68,7 +68,7 @@ class KVCache(transformers.Cache, ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float16,
         budget: MemoryBudget | None = None,
-        facts: ModelFacts | None = None,
+        facts: Facts | None = None,
     ) -> None:
         config.check(shape)
         if batch_size < 1:

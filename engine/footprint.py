@@ -26,7 +26,8 @@ class Footprint:
 
     `parts` are live: what the stored tokens occupy. `reserved_bytes` is what is allocated for the cache,
     each storage counted once. `checkpoint_bytes` (windows kept for going back) and `probe_bytes` (the
-    microscope's exact copies and statistics) are held besides and belong to neither.
+    microscope's exact copies and statistics) are held besides and belong to neither; `shared_bytes`
+    (learned dictionaries) are read by every cache of the model and belong to none.
     """
 
     num_tokens: int
@@ -34,6 +35,7 @@ class Footprint:
     reserved_bytes: int = 0
     checkpoint_bytes: int = 0
     probe_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     def live_bytes(self) -> int:

@@ -6,6 +6,7 @@ refused at load: its own cache and ours must give the same logits on a short pro
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from kvlens.engine import bridge
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import ModelError
+from kvlens.engine.facts import ModelFacts
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
@@ -50,6 +52,11 @@ class LoadedModel:
     is_embedded: bool = False
     end_tokens: frozenset[int] = field(default_factory=frozenset)
 
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What methods may ask of this model beyond its shape."""
+        return ModelFacts(self.network, name=self.name)
+
     @property
     def cache_dtype(self) -> torch.dtype:
         return torch.float16 if self.dtype == torch.float32 else self.dtype
@@ -69,7 +76,7 @@ class LoadedModel:
     def new_cache(self, method_name: str, config: MethodConfig, **options) -> KVCache:
         """An empty cache of a method for this model. Raises: ValueError if the settings do not fit it."""
         cache_class = method(method_name).cache
-        return cache_class(self.shape, config, device=self.device, dtype=self.cache_dtype, **options)
+        return cache_class(self.shape, config, device=self.device, dtype=self.cache_dtype, facts=self.facts, **options)
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """A conversation by the model's own chat template, up to where its answer begins.

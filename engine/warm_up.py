@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvlens.engine.config import MethodConfig
+from kvlens.engine.facts import Facts
 from kvlens.engine.registry import available, method
 from kvlens.engine.shape import ModelShape
 
@@ -23,7 +24,7 @@ def warm_up(model: "LoadedModel", method_name: str, config: MethodConfig) -> Non
     """Store random tokens and take a few steps with a method, on one layer; once for each setting."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    _run_once(model.shape, str(model.device), model.dtype, model.cache_dtype, method_name, config)
+    _run_once(model.shape, str(model.device), model.dtype, model.cache_dtype, method_name, config, model.facts)
 
 
 def warm_up_methods(model: "LoadedModel") -> None:
@@ -36,10 +37,10 @@ def warm_up_methods(model: "LoadedModel") -> None:
 @lru_cache(maxsize=256)
 def _run_once(
     shape: ModelShape, device: str, dtype: torch.dtype, cache_dtype: torch.dtype, method_name: str,
-    config: MethodConfig,
+    config: MethodConfig, facts: Facts,
 ) -> None:  # fmt: skip
     layer = ModelShape(1, shape.num_query_heads, shape.num_kv_heads, shape.head_dim)
-    cache = method(method_name).cache(layer, config, device=device, dtype=cache_dtype)
+    cache = method(method_name).cache(layer, config, device=device, dtype=cache_dtype, facts=facts)
     try:
         with torch.inference_mode():
             for num_tokens in [_NUM_TOKENS] + [1] * _NUM_STEPS:

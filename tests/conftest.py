@@ -39,7 +39,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: str):
-    """The model of `tiny_folder`, loaded as any other."""
+    """The model of `tiny_folder`, loaded as any other, with random dictionaries."""
+    from kvlens.engine.facts import StandInFacts
     from kvlens.engine.model import load_model
 
-    return load_model(tiny_folder, device="cpu")
+    model = load_model(tiny_folder, device="cpu")
+    model.facts = StandInFacts(model.shape)
+    return model

@@ -56,7 +56,7 @@ def test_engine_runs_from_an_installed_layout_without_gradio_and_plotly(installe
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["dense", "kivi"]
+    assert result.stdout.split() == ["dense", "csr", "kivi"]
 
 
 def test_packages_of_the_wheel_are_all_there_are():

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from kvlens.engine import bridge
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
+from kvlens.engine.facts import StandInFacts
 from kvlens.engine.generate import generate
 from kvlens.engine.registry import available, method
 from kvlens.engine.shape import ModelShape
@@ -21,11 +22,14 @@ CONFIGS = [
     for preset, config in entry.presets.items()
 ]
 
+FACTS = StandInFacts(SHAPE)
+"""Random dictionaries: what holds for a method holds for any."""
+
 SCALING = SHAPE.head_dim**-0.5
 
 
 def make(name, config, **options):
-    return method(name).cache(SHAPE, config, **options)
+    return method(name).cache(SHAPE, config, facts=FACTS, **options)
 
 
 def tokens(count: int, batch_size: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

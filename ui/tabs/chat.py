@@ -159,7 +159,8 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     header.export(handlers.export, None, [elements.download, elements.panels], **quick)
     header.model(handlers.change_model, None, [header, elements.panels], concurrency_limit=1, **slow)
     gr.on(
-        [*(entry.change for entry in settings), elements.sampling[0].blur, elements.prompt.blur, elements.address.apply],
+        [*(entry.change for entry in settings), *(one.blur for one in (elements.sampling[0], elements.prompt)),
+         elements.address.apply],
         handlers.note_address, [elements.prompt, *settings], elements.address, trigger_mode="always_last", **quick,
     )  # fmt: skip
     restored = demo.load(

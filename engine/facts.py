@@ -1,0 +1,95 @@
+"""What a method may ask of a model beyond its shape: its rotary embedding and the dictionaries learned from it."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+
+from kvlens.engine.dictionaries.store import DictionaryKind, DictionarySet, DictionaryStore, fingerprint, folders
+from kvlens.engine.rotary import Rotary
+from kvlens.engine.shape import ModelShape
+
+LARGEST_GRAM = 2048
+"""Atoms of the largest dictionary whose products are kept: 16 MiB; beyond it they are computed where needed."""
+
+
+class Facts(ABC):
+    """Looked up when first asked for, then kept: most methods ask for nothing."""
+
+    def __init__(self) -> None:
+        self._grams: dict[int, torch.Tensor] = {}
+
+    @property
+    @abstractmethod
+    def rotary(self) -> Rotary:
+        """The position embedding. Raises: ModelError if it cannot be undone."""
+
+    @abstractmethod
+    def dictionary(self, kind: DictionaryKind) -> DictionarySet:
+        """The dictionaries of `kind` on the caches' device. Raises: MissingDictionary."""
+
+    def gram(self, atoms: torch.Tensor) -> torch.Tensor | None:
+        """The products of `atoms` with each other, `[N, N]`, computed once; None for a dictionary too large."""
+        if len(atoms) > LARGEST_GRAM:
+            return None
+        if id(atoms) not in self._grams:
+            self._grams[id(atoms)] = atoms @ atoms.T
+        return self._grams[id(atoms)]
+
+
+class ModelFacts(Facts):
+    """Those of a loaded model."""
+
+    def __init__(self, network: nn.Module, *, name: str) -> None:
+        super().__init__()
+        self._network = network
+        self._name = name
+        self._placed: dict[DictionaryKind, tuple[DictionarySet, DictionarySet]] = {}
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        return Rotary.of(self._network)
+
+    @cached_property
+    def dictionaries(self) -> DictionaryStore:
+        """The dictionaries of this model. Raises: EngineError if none can be tied to it."""
+        return DictionaryStore(folders(), fingerprint(self._network), model_name=self._name)
+
+    def dictionary(self, kind: DictionaryKind) -> DictionarySet:
+        stored = self.dictionaries.find(kind)
+        # A set that was learned anew replaces the one in use.
+        if kind not in self._placed or self._placed[kind][0] is not stored:
+            self._grams.clear()
+            self._placed[kind] = stored, stored.to(next(self._network.parameters()).device)
+        return self._placed[kind][1]
+
+
+class StandInFacts(Facts):
+    """Of a shape without weights: random dictionaries, the same at every call. For measuring speed and for tests."""
+
+    def __init__(self, shape: ModelShape, *, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self._shape, self._device = shape, device
+        self._made: dict[DictionaryKind, DictionarySet] = {}
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        dim = self._shape.head_dim
+        config = LlamaConfig(hidden_size=dim, num_attention_heads=1, num_key_value_heads=1, head_dim=dim)
+        return Rotary.of(LlamaRotaryEmbedding(config).to(self._device))
+
+    def dictionary(self, kind: DictionaryKind) -> DictionarySet:
+        if kind not in self._made:
+            noise = torch.Generator().manual_seed(0)
+            sides = [
+                [
+                    normalize(torch.randn(kind.num_atoms, width, generator=noise), dim=1).to(self._device)
+                    for _ in range(self._shape.num_layers)
+                ]
+                for width in (self._shape.head_dim, self._shape.head_dim // kind.value_parts)
+            ]
+            self._made[kind] = DictionarySet(kind, *sides)
+        return self._made[kind]
