@@ -1,4 +1,4 @@
-"""The course of packed attention: shares out the work, walks the pages, keeps the running softmax.
+"""The course of attention over a compressed cache: shares out the work, walks the pages, keeps the running softmax.
 
 An item is a run of tiles of one key/value head of one sequence, with all its query heads. Threads draw items
 from a counter. A tile is `tile_tokens` packed tokens (whole pages); the first also takes the sinks, the last
@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 from numba import float32, int64, njit
 
-from kvlens.kernels.native.attend_arguments import AttendArguments, Side
+from kvlens.kernels.native.attend_arguments import field, field_address, side, side_address
+from kvlens.kernels.native.coded import (
+    add_accumulators,
+    coded_tokens,
+    shrink_accumulators,
+    weave_tables,
+    write_accumulators,
+)
 from kvlens.kernels.native.dense_rows import add_scaled, exponentiate, highest_score, scale_floats
 from kvlens.kernels.native.jit import depends_on
 from kvlens.kernels.native.scalars import (
     atomic_add,
     call,
     enter_team,
-    field_access,
     read_float,
     read_int32,
     read_int64,
@@ -30,9 +36,6 @@ from kvlens.kernels.native.scalars import (
 
 ITEMS_PER_THREAD = 4
 _LOG_2 = math.log(2)
-
-field, field_address = field_access(AttendArguments)
-side, side_address = field_access(Side)
 
 
 class Task(NamedTuple):
@@ -126,7 +129,8 @@ def _plan(arguments):
 def _attend_item(arguments, scratch, item, row):
     """Attend to the tokens of one item, then write its result or merge it with its siblings'.
 
-    Scratch: queries `[heads_per_group, row]`, scores `[heads_per_group, tile]`, then the kernels' own.
+    Scratch: queries `[heads_per_group, row]`, scores `[heads_per_group, tile]`, then the kernels' own (for codes:
+    tables first).
     """
     heads, num_heads = field(arguments, "num_kv_heads"), field(arguments, "heads_per_group")
     first_item = read_int64(field(arguments, "first_items") + 8 * row)
@@ -149,6 +153,8 @@ def _attend_item(arguments, scratch, item, row):
         (query, field(arguments, "query_head_stride"), num_heads, scratch, factor),
     )
     _clear_partial(arguments, partial)
+    if field(arguments, "accumulator_bytes") > 0:
+        weave_tables(arguments, (row * heads + head) * num_heads, task.scratch)
 
     length = int64(read_int32(field(arguments, "length") + 4 * row))
     tiles_per_item = field(arguments, "tiles_per_item")
@@ -239,6 +245,9 @@ def _heads_together(num_left):
 def _packed_tokens(task, here, page, following, offset, num_tokens, factors, results):
     """Run the packed kernel over one page, for all heads. `offset`: of its first token in the tile."""
     arguments = task.arguments
+    if side(here, "coded") != 0:
+        coded_tokens(task, here, page, following, offset, num_tokens, factors, results)
+        return
     page_tokens, num_heads = field(arguments, "page_tokens"), field(arguments, "heads_per_group")
     is_keys = here == field_address(arguments, "keys")
     num_rows = field(arguments, "head_dim") if is_keys else num_tokens
@@ -275,13 +284,20 @@ def _exact_tokens(task, here, rows, row_stride, offset, num_tokens, factors, res
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Softmax. A partial result is: highest score of every head, total of every head, sums of every head.
+# Softmax. A partial result is: highest score, total and latest factor of every head; sums of every head; for
+# codes, accumulators.
 
 
 @njit(error_model="numpy")
 def _state_bytes(num_heads):
-    """Highest scores and totals, filled up to whole cache lines."""
-    return (2 * 4 * num_heads + 63) // 64 * 64
+    """Highest scores, totals and factors, filled up to whole cache lines."""
+    return (3 * 4 * num_heads + 63) // 64 * 64
+
+
+@njit(error_model="numpy")
+def _accumulators(arguments, partial):
+    num_heads = field(arguments, "heads_per_group")
+    return partial + _state_bytes(num_heads) + num_heads * field(arguments, "row_bytes")
 
 
 @njit(error_model="numpy")
@@ -290,13 +306,15 @@ def _clear_partial(arguments, partial):
     for head in range(num_heads):
         write_float(partial + 4 * head, float32(-math.inf))
         write_float(partial + 4 * (num_heads + head), float32(0.0))
-    scale_floats(partial + _state_bytes(num_heads), num_heads * (row_bytes // 4), float32(0.0))
+    size = num_heads * row_bytes + field(arguments, "accumulator_bytes")
+    scale_floats(partial + _state_bytes(num_heads), size // 4, float32(0.0))
 
 
 @njit(error_model="numpy")
 def _softmax_tile(arguments, count, scores, partial):
     """Turn scores into powers of 2 of their distance to the highest yet; bring the sums so far in line."""
     num_heads, row_bytes = field(arguments, "heads_per_group"), field(arguments, "row_bytes")
+    has_risen = False
     for head in range(num_heads):
         row = scores.address + head * scores.head_stride
         highest_place, total_place = partial + 4 * head, partial + 4 * (num_heads + head)
@@ -304,10 +322,14 @@ def _softmax_tile(arguments, count, scores, partial):
         highest = max(before, highest_score(row, count))
         shrunk = float32(1.0)
         if before < highest:
+            has_risen = before > -math.inf
             shrunk = float32(2.0 ** (before - highest))
             scale_floats(partial + _state_bytes(num_heads) + head * row_bytes, row_bytes // 4, shrunk)
         write_float(highest_place, highest)
+        write_float(partial + 4 * (2 * num_heads + head), shrunk)
         write_float(total_place, read_float(total_place) * shrunk + exponentiate(row, count, highest))
+    if has_risen and field(arguments, "accumulator_bytes") > 0:
+        shrink_accumulators(arguments, _accumulators(arguments, partial), partial + 8 * num_heads)
 
 
 @njit(error_model="numpy")
@@ -324,6 +346,12 @@ def _merge(arguments, into, other):
         add_scaled(into + sums, other + sums, row_bytes // 4, theirs)
         write_float(into + total, read_float(into + total) * ours + read_float(other + total) * theirs)
         write_float(into + 4 * head, highest)
+        write_float(into + 4 * (2 * num_heads + head), ours)
+        write_float(other + 4 * (2 * num_heads + head), theirs)
+    if field(arguments, "accumulator_bytes") > 0:
+        places = _accumulators(arguments, into), _accumulators(arguments, other)
+        shrink_accumulators(arguments, places[0], into + 8 * num_heads)
+        add_accumulators(arguments, places[0], places[1], other + 8 * num_heads)
 
 
 @njit(error_model="numpy")
@@ -345,3 +373,5 @@ def _write_result(arguments, row, head, partial):
         field(arguments, "write_output"),
         (output, field(arguments, "output_head_stride"), num_heads, sums, partial + 4 * num_heads),
     )
+    if field(arguments, "accumulator_bytes") > 0:
+        write_accumulators(arguments, _accumulators(arguments, partial), partial + 4 * num_heads, first_head)

@@ -213,3 +213,50 @@ def scale_floats(typing, target, count, factor):
         return context.get_dummy_value()
 
     return types.void(target, count, types.float32), codegen
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tables with a lane for every head
+
+
+def _in_turns(builder, factors: ir.Value, lanes: ir.Value) -> Lanes:
+    """The fp32 numbers at `factors`, `lanes` of them (a power of two) over and over."""
+    turns = splat(builder, 0.0).value
+    for lane in range(NUM_LANES):
+        index = builder.and_(lanes.type(lane), builder.sub(lanes, lanes.type(1)))
+        number = builder.load(
+            builder.inttoptr(_plus(builder, factors, index, 4), turns.type.element.as_pointer()), align=4
+        )
+        turns = builder.insert_element(turns, number, ir.Constant(ir.IntType(32), lane))
+    return Lanes(builder, turns)
+
+
+@intrinsic
+def scale_lanes(typing, target, count, factors, lanes):
+    """target[i] = target[i] * factors[i % lanes], whole vectors."""
+
+    def codegen(context, builder, signature, values):
+        target, count, factors, lanes = values
+        scale = _in_turns(builder, factors, lanes)
+        with _vectors(builder, target, count) as (index, _):
+            place = _plus(builder, target, index, 4 * NUM_LANES)
+            store_floats(builder, load_floats(builder, place, NUM_LANES) * scale, place)
+        return context.get_dummy_value()
+
+    return types.void(target, count, factors, lanes), codegen
+
+
+@intrinsic
+def add_scaled_lanes(typing, target, source, count, factors, lanes):
+    """target[i] = target[i] + source[i] * factors[i % lanes], whole vectors."""
+
+    def codegen(context, builder, signature, values):
+        target, source, count, factors, lanes = values
+        scale = _in_turns(builder, factors, lanes)
+        with _vectors(builder, target, count) as (index, _):
+            place = _plus(builder, target, index, 4 * NUM_LANES)
+            more = load_floats(builder, _plus(builder, source, index, 4 * NUM_LANES), NUM_LANES)
+            store_floats(builder, more.times_plus(scale, load_floats(builder, place, NUM_LANES)), place)
+        return context.get_dummy_value()
+
+    return types.void(target, source, count, factors, lanes), codegen

@@ -67,6 +67,10 @@ class Lanes:
         """A logical shift: zeros come in from the left."""
         return self._emit("lshr", bits)
 
+    def shifted_down(self, bits: int) -> "Lanes":
+        """An arithmetic shift of int32 lanes: the sign comes in from the left."""
+        return self._emit("ashr", bits)
+
     def __and__(self, other):
         return self._emit("and_", other)
 
@@ -200,10 +204,23 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value, num_bytes: int) -> None:
         builder.call(function, [at(builder, address, ir.IntType(8), offset), flag(0), flag(2), flag(1)])
 
 
-def load_floats(builder: ir.IRBuilder, address: ir.Value, count: int, *, element: int = FP32) -> Lanes:
-    """`count` neighbouring elements as fp32, reading not one byte more."""
-    stored = ir.VectorType(_f32 if element == FP32 else _i16, count)
-    value = builder.load(at(builder, address, stored), align=ELEMENT_BYTES[element])
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.VectorType, mask: ir.Value | None) -> ir.Value:
+    """Neighbouring elements; where `mask` (i1 lanes) is given and false, 0, and nothing is read."""
+    num_bits = 32 if kind.element == _f32 else kind.element.width
+    if mask is None:
+        return builder.load(at(builder, address, kind), align=num_bits // 8)
+    name = f"llvm.masked.load.v{kind.count}{'f' if kind.element == _f32 else 'i'}{num_bits}.p0"
+    pointer = at(builder, address, kind)
+    function_type = ir.FunctionType(kind, [pointer.type, _i32, mask.type, kind])
+    function = cgutils.get_or_insert_function(builder.module, function_type, name)
+    return builder.call(function, [pointer, _i32(num_bits // 8), mask, constant(kind, 0)])
+
+
+def load_floats(
+    builder: ir.IRBuilder, address: ir.Value, count: int, *, element: int = FP32, mask: ir.Value | None = None
+) -> Lanes:
+    """`count` neighbouring elements as fp32, reading not one byte more; 0 where `mask` is false."""
+    value = _load(builder, address, ir.VectorType(_f32 if element == FP32 else _i16, count), mask)
     floats = ir.VectorType(_f32, count)
     if element == BF16:
         return (Lanes(builder, builder.zext(value, ir.VectorType(_i32, count))) << 16).bits_as_float()
@@ -213,17 +230,39 @@ def load_floats(builder: ir.IRBuilder, address: ir.Value, count: int, *, element
     return Lanes(builder, value)
 
 
-def load_words(builder: ir.IRBuilder, address: ir.Value, count: int) -> Lanes:
-    """`count` neighbouring 16-bit words as int32 lanes, zero-extended."""
-    value = builder.load(at(builder, address, ir.VectorType(_i16, count)), align=2)
-    return Lanes(builder, builder.zext(value, ir.VectorType(_i32, count)))
+def load_words(
+    builder: ir.IRBuilder, address: ir.Value, count: int, *, is_signed: bool = False, mask: ir.Value | None = None
+) -> Lanes:
+    """`count` neighbouring 16-bit words as int32 lanes; 0 where `mask` is false."""
+    value = _load(builder, address, ir.VectorType(_i16, count), mask)
+    extend = builder.sext if is_signed else builder.zext
+    return Lanes(builder, extend(value, ir.VectorType(_i32, count)))
 
 
-def broadcast(builder: ir.IRBuilder, value: ir.Value) -> Lanes:
-    """A scalar in all sixteen lanes."""
-    one = ir.Constant(ir.VectorType(value.type, NUM_LANES), ir.Undefined)
+def gather(builder: ir.IRBuilder, address: ir.Value, indices: Lanes, *, has_lookups: bool) -> Lanes:
+    """The fp32 numbers at `address` with these sixteen int32 indices, by one instruction where AVX-512 has it."""
+    kind = ir.VectorType(_f32, NUM_LANES)
+    if has_lookups:
+        every = ir.Constant(ir.VectorType(ir.IntType(1), NUM_LANES), [ir.Constant(ir.IntType(1), 1)] * NUM_LANES)
+        pointer = at(builder, address, ir.IntType(8))
+        operands = [constant(kind, 0), pointer, indices.value, every, _i32(4)]
+        function_type = ir.FunctionType(kind, [operand.type for operand in operands])
+        name = "llvm.x86.avx512.mask.gather.dps.512"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        return Lanes(builder, builder.call(function, operands))
+    value = constant(kind, 0)
+    for lane in range(NUM_LANES):
+        index = builder.zext(builder.extract_element(indices.value, _i32(lane)), _i64)
+        place = builder.add(address, builder.mul(index, _i64(4)))
+        value = builder.insert_element(value, builder.load(at(builder, place, _f32), align=4), _i32(lane))
+    return Lanes(builder, value)
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value, num_lanes: int = NUM_LANES) -> Lanes:
+    """A scalar in all lanes."""
+    one = ir.Constant(ir.VectorType(value.type, num_lanes), ir.Undefined)
     first = builder.insert_element(one, value, ir.Constant(_i32, 0))
-    return Lanes(builder, first).pick([0] * NUM_LANES)
+    return Lanes(builder, first).pick([0] * num_lanes)
 
 
 def load_broadcast(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) -> Lanes:
@@ -231,9 +270,9 @@ def load_broadcast(builder: ir.IRBuilder, address: ir.Value, offset: int = 0) ->
     return broadcast(builder, builder.load(at(builder, address, _f32, offset), align=4))
 
 
-def splat(builder: ir.IRBuilder, number) -> Lanes:
-    """A constant in all sixteen fp32 lanes, or a list of sixteen."""
-    return Lanes(builder, constant(ir.VectorType(_f32, NUM_LANES), number))
+def splat(builder: ir.IRBuilder, number, *, kind: ir.Type = _f32) -> Lanes:
+    """A constant in all sixteen lanes, fp32 or `kind`, or a list of sixteen."""
+    return Lanes(builder, constant(ir.VectorType(kind, NUM_LANES), number))
 
 
 def store_floats(

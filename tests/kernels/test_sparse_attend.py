@@ -23,6 +23,12 @@ def assert_close(got, expected) -> None:
 
 
 @pytest.mark.parametrize("case", sparse_cases(), ids=lambda case: case.name)
+def test_agrees_with_the_reference(case, implementation):
+    inputs = build_sparse(case)
+    assert_close(run(implementation("sparse_attend"), inputs), run(reference.sparse_attend, inputs))
+
+
+@pytest.mark.parametrize("case", sparse_cases(), ids=lambda case: case.name)
 def test_the_reference_restores_what_the_codes_stand_for(case):
     inputs = build_sparse(case)
     for row, count in enumerate(case.num_coded):

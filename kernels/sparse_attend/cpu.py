@@ -1,0 +1,223 @@
+"""Attention over sparse codes on the CPU: two products with the dictionaries, and one native call between them.
+
+    table = query · key dictionary^T                     torch, `[B*HQ, N]`
+    scores by lookup, softmax, values by scatter         native, over all pages, sinks and windows
+    output = sums of exact values + accumulators · value dictionary        torch
+
+The course of the call is in `kvlens.kernels.native.attend`, what codes add to it in `coded`, the inner loops in
+`sparse_rows` and `dense_rows` beside them. The first call with a new layout compiles them (or loads them from
+Numba's disk cache); `warm_up` does that ahead of time.
+
+Values are scattered, not restored: an atom costs a load, a multiply-add and a store of as many lanes as there
+are query heads, where restoring it costs head_dim / 16 loads and multiply-adds of whole vectors out of a
+dictionary that fills the second-level cache (measured in `benchmarks.packed_attend_cpu`).
+
+Limits: the tokens of a slot, and rows of rings and sinks, must be contiguous; others are copied first.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from kvlens.kernels.exact_tokens import Attended, ExactTokens
+from kvlens.kernels.native import jit, threads
+from kvlens.kernels.native.attend_arguments import Side
+from kvlens.kernels.native.attend_call import (
+    ELEMENTS,
+    LOG_2,
+    AttendCall,
+    AttendKernels,
+    CallShape,
+    as_dtype,
+    element_of,
+    exact_kernels,
+    kept_call,
+    with_strides,
+)
+from kvlens.kernels.native.jit import depends_on
+from kvlens.kernels.native.sparse_rows import (
+    MAX_LANES,
+    block_bytes,
+    lanes_of,
+    part_table,
+    scatter_codes,
+    score_codes,
+    weave_rows,
+)
+from kvlens.kernels.native.vectors import FP32, NUM_LANES
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+
+jit.require_half_floats()
+
+
+def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
+    """See `kvlens.kernels.sparse_attend.sparse_attend`.
+
+    Raises: ValueError for an element type that the kernels do not read.
+    """
+    call = _kept(query, past, exact)
+    scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
+    torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])
+    output = torch.empty(query.shape, dtype=torch.float32)
+    log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32)
+    num_tokens = as_dtype(torch.int32, past.num_tokens).contiguous()
+    # Whatever had to be copied must live until the kernel returns.
+    copies = (
+        _place_coded(call.attend.arguments.keys, past.keys, num_tokens),
+        _place_coded(call.attend.arguments.values, past.values, num_tokens),
+    )
+    call.attend.enter(query, past.page_table, exact, output, log_sum_exp, scaling)
+    del copies
+    atoms = call.accumulators[:, : len(past.values.dictionary)]
+    output.view(len(atoms), -1).addmm_(atoms, past.values.dictionary)
+    return Attended(output.to(query.dtype), log_sum_exp)
+
+
+def warm_up(
+    layout: SparseLayout,
+    *,
+    head_dim: int,
+    heads_per_group: int,
+    query_dtype: torch.dtype,
+    exact_dtype: torch.dtype,
+) -> float:
+    """Compile what attention over `layout` needs; gives the milliseconds spent.
+
+    Safe on a background thread: a call that needs a kernel meanwhile waits for it.
+    """
+    known = set(jit.compiled())
+    elements = ELEMENTS[query_dtype], FP32, ELEMENTS[exact_dtype]
+    _kernels(CallShape(head_dim, heads_per_group, layout.page_tokens, 0, *elements, jit.has_lookups()), layout)
+    return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The kernels of a layout. Every factory gives a function of int64 parameters; its constants name the kernel.
+
+
+def score_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
+    def score(
+        words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
+        rows, rows_stride, scratch,
+    ):  # fmt: skip
+        depends_on(source)
+        score_codes(
+            (words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
+             rows, rows_stride, scratch),
+            slots, parts, is_packed, num_heads, has_lookups,
+        )  # fmt: skip
+
+    return score
+
+
+def scatter_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
+    def scatter(
+        words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
+        rows, rows_stride, scratch,
+    ):  # fmt: skip
+        depends_on(source)
+        scatter_codes(
+            (words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
+             rows, rows_stride, scratch),
+            slots, parts, is_packed, num_heads, has_lookups,
+        )  # fmt: skip
+
+    return scatter
+
+
+def weave_kernel(num_heads, source):
+    def weave(rows, rows_stride, num_atoms, table):
+        depends_on(source)
+        weave_rows((rows, rows_stride, num_atoms, table), 1, 1, 1, num_heads, 0)
+
+    return weave
+
+
+def part_kernel(num_heads, source):
+    def part(table, num_atoms, factors, rows, rows_stride):
+        depends_on(source)
+        part_table((table, num_atoms, factors, rows, rows_stride), 1, 1, 1, num_heads, 0)
+
+    return part
+
+
+@lru_cache(maxsize=256)
+def _kernels(shape: CallShape, layout: SparseLayout) -> AttendKernels:
+    heads = min(shape.heads_per_group, MAX_LANES)
+
+    def coded(factory, atoms: int, parts: int) -> dict[str, int]:
+        constants = parts * atoms, parts, int(layout.is_packed), heads, int(shape.has_lookups)
+        return {"coded": jit.kernel(factory, *constants).address}
+
+    exact = exact_kernels(shape)
+    return replace(
+        exact,
+        common=exact.common
+        | {
+            "weave_rows": jit.kernel(weave_kernel, heads).address,
+            "part_table": jit.kernel(part_kernel, heads).address,
+        },
+        keys=exact.keys | coded(score_codes_kernel, layout.key_atoms, 1),
+        values=exact.values | coded(scatter_codes_kernel, layout.value_atoms, layout.value_parts),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One call
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A native call, and what goes in and comes out beside it; rows are filled up to whole vectors of atoms.
+
+    Shapes: table fp32 `[B*HQ, atoms]`, accumulators fp32 `[B*HQ*parts, atoms]`.
+    """
+
+    attend: AttendCall
+    table: torch.Tensor
+    accumulators: torch.Tensor
+
+
+def _kept(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> _Kept:
+    """The call kept for inputs of this kind, or a new one."""
+    batch, num_query_heads, head_dim = query.shape
+    num_kv_heads, num_sinks = exact.sink_keys.shape[1:3]
+    layout, has_lookups, num_threads = past.layout, jit.has_lookups(), threads.num_threads()
+    num_atoms = len(past.keys.dictionary), len(past.values.dictionary)
+
+    def build() -> _Kept:
+        heads, parts = num_query_heads // num_kv_heads, layout.value_parts
+        elements = element_of(query), FP32, element_of(exact.keys)
+        shape = CallShape(head_dim, heads, layout.page_tokens, num_sinks, *elements, has_lookups)
+        key_atoms, value_atoms = (-(-number // NUM_LANES) * NUM_LANES for number in num_atoms)
+        table = torch.zeros(batch * num_query_heads, key_atoms)
+        accumulators = torch.zeros(batch * num_query_heads * parts, value_atoms)
+        lanes = lanes_of(heads)
+        blocks = -(-heads // lanes)
+        slots = max(layout.key_atoms, parts * layout.value_atoms)
+        attend = AttendCall(
+            shape, _kernels(shape, layout), batch=batch, num_kv_heads=num_kv_heads, num_threads=num_threads,
+            own_scratch_bytes=4 * blocks * lanes * key_atoms + block_bytes(slots, heads),
+            accumulator_bytes=4 * blocks * lanes * parts * value_atoms,
+            accumulator_part_bytes=4 * lanes * value_atoms, accumulator_row_bytes=4 * parts * value_atoms,
+            lanes=lanes, value_parts=parts, table_row_bytes=4 * key_atoms,
+            tables=table.data_ptr(), accumulators=accumulators.data_ptr(),
+        )  # fmt: skip
+        return _Kept(attend, table, accumulators)
+
+    key = (
+        layout, query.shape, num_kv_heads, num_sinks, query.dtype, exact.keys.dtype, has_lookups, num_threads, num_atoms
+    )  # fmt: skip
+    return kept_call(key, build)
+
+
+def _place_coded(side: Side, coded: SparseSide, num_tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    words, (page, head, slot, _) = with_strides(coded.words)
+    side.codes, side.codes_page_stride, side.codes_head_stride = words.data_ptr(), 2 * page, 2 * head
+    side.codes_row_stride = 2 * slot
+    coefficients, (page, head, *slot) = with_strides(coded.coefficients)
+    side.scale, side.scale_page_stride, side.scale_head_stride = coefficients.data_ptr(), 2 * page, 2 * head
+    side.scale_row_stride = 2 * slot[0] if len(slot) == 2 else 0
+    side.num_packed = num_tokens.data_ptr()
+    return words, coefficients
