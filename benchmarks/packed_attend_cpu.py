@@ -1,13 +1,13 @@
-"""One decode step of attention on the CPU: packed caches against the best dense attention torch has.
+"""One decode step of attention on the CPU: compressed caches against the best dense attention torch has.
 
     python -m benchmarks.packed_attend_cpu [--tokens 512 4096 16384] [--shapes mha gqa embedded] [--rounds 7]
 
 Each method walks through as many layers as fill `--megabytes` of its own cache, so that no cache level
 keeps what the next round reads; in a round every method has its turn. Given are the median over all layers
-and rounds, and the tenth percentile, which a busy machine disturbs less. Before it is timed, a packed method
-must agree with the reference. The kernels' own entry is timed; the checks and the dispatch of the public
-function add about 13 us a call. Prints a table and writes `benchmarks/results/packed_attend_cpu.csv` with
-the conditions in every row.
+and rounds, and the tenth percentile, which a busy machine disturbs less. Before it is timed, a compressed
+method must agree with its reference. The kernels' own entry is timed; the checks and the dispatch of the public
+function add about 13 us a call. CSR reads a pair of fp32 dictionaries in every layer, which count in its size.
+Prints a table and writes `benchmarks/results/packed_attend_cpu.csv` with the conditions in every row.
 
 What "dense" means: `sdpa` is torch's scaled_dot_product_attention (grouped heads by enable_gqa), `matmul`
 two matrix products and a softmax with the query viewed as [HK, G, D], `bmm` the same flattened, and
@@ -31,9 +31,12 @@ import torch.nn.functional as F
 
 from kvlens.kernels.native import jit
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
+from kvlens.kernels.packed_attend import reference as packed_reference
 from kvlens.kernels.packed_attend.cpu import packed_attend
-from kvlens.kernels.packed_attend.reference import packed_attend as reference
 from kvlens.kernels.quantize_pack import Packed
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import reference as sparse_reference
+from kvlens.kernels.sparse_attend.cpu import sparse_attend
 
 RESULTS = Path(__file__).parent / "results" / "packed_attend_cpu.csv"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,6 +62,26 @@ class Kivi:
     @property
     def name(self) -> str:
         return f"KIVI-{self.bits} R={self.residual_tokens}"
+
+
+@dataclass(frozen=True)
+class Csr:
+    """`atoms` a key and, over all its parts, a value; coefficients of 6 bits in the word, or fp16 apart."""
+
+    atoms: int
+    value_parts: int = 1
+    coefficient_bits: int = 6
+    num_atoms: int = 1024
+    residual_tokens: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"CSR-{self.atoms} N={self.num_atoms}" + (" fp16" if self.coefficient_bits == 16 else "")
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of a coded key or value: a word an atom and a scale, or a word and a coefficient an atom."""
+        return 4 * self.atoms if self.coefficient_bits == 16 else 2 * self.atoms + 2
 
 
 @dataclass(frozen=True)
@@ -121,31 +144,69 @@ def dense_contenders(shape: Shape, tokens: int, total_bytes: int) -> Iterator[Co
 
 def packed_contender(shape: Shape, tokens: int, kivi: Kivi, total_bytes: int) -> Contender:
     """A KIVI cache just before the window of `residual_tokens` bf16 tokens is flushed."""
-    window = (tokens - 1) % kivi.residual_tokens + 1
-    num_packed = tokens - window
-    heads, dim, pages = shape.num_kv_heads, shape.head_dim, -(-num_packed // PAGE_TOKENS)
-    packed_bytes = num_packed * heads * dim * 2 * (kivi.bits + 32 / kivi.group_size) / 8
-    layer_bytes = int(packed_bytes + 2 * window * heads * dim * 2)
-    num_layers = max(2, round(total_bytes / layer_bytes))
-    keys = _random_pages(num_layers * pages, heads, dim, PAGE_TOKENS, kivi)
-    values = _random_pages(num_layers * pages, heads, PAGE_TOKENS, dim, kivi)
-    rings = torch.empty(num_layers, 2, 1, heads, window, dim, dtype=torch.bfloat16).normal_()
-    tables = torch.arange(num_layers * pages, dtype=torch.int32).view(num_layers, 1, pages)
-    count, length = (torch.tensor([number], dtype=torch.int32) for number in (num_packed, tokens))
-    no_sinks = torch.zeros(1, heads, 0, dim, dtype=torch.bfloat16)
-    query = torch.randn(1, shape.num_query_heads, dim, dtype=torch.bfloat16)
+    heads, dim = shape.num_kv_heads, shape.head_dim
+    vector_bytes = dim * (kivi.bits + 32 / kivi.group_size) / 8
+    cache = _Window(shape, tokens, kivi.residual_tokens, vector_bytes, total_bytes)
+    keys = _random_pages(cache.num_pages, heads, dim, PAGE_TOKENS, kivi)
+    values = _random_pages(cache.num_pages, heads, PAGE_TOKENS, dim, kivi)
     layout = PageLayout(PAGE_TOKENS, kivi.bits, kivi.bits, kivi.group_size, kivi.group_size)
-    layers = [
-        (PackedPast(layout, keys, values, table, count, count), ExactTokens(*ring, no_sinks, no_sinks, length))
-        for table, ring in zip(tables, rings, strict=True)
+    pasts = [PackedPast(layout, keys, values, table, cache.count, cache.count) for table in cache.tables]
+    return cache.contender(kivi.name, packed_attend, packed_reference.packed_attend, pasts)
+
+
+def sparse_contender(shape: Shape, tokens: int, csr: Csr, total_bytes: int) -> Contender:
+    """A CSR cache with a full window, and dictionaries of its own in every layer."""
+    heads, dim, parts = shape.num_kv_heads, shape.head_dim, csr.value_parts
+    dictionary_bytes = 4 * csr.num_atoms * (dim + dim // parts)
+    cache = _Window(shape, tokens, csr.residual_tokens, csr.vector_bytes, total_bytes, dictionary_bytes)
+    slots = (cache.num_pages, heads, csr.atoms, PAGE_TOKENS)
+
+    def sides(width: int) -> list[SparseSide]:
+        words = torch.empty(slots, dtype=torch.int16).random_(csr.num_atoms)
+        if csr.coefficient_bits == 6:
+            words |= torch.empty(slots, dtype=torch.int16).random_(-31, 32) << 10
+        sizes = slots if csr.coefficient_bits == 16 else (*slots[:2], PAGE_TOKENS)
+        coefficients = torch.empty(sizes).uniform_(0.1, 1.0).half()
+        dictionaries = F.normalize(torch.empty(cache.num_layers, csr.num_atoms, width).normal_(), dim=-1)
+        return [SparseSide(words, coefficients, dictionary) for dictionary in dictionaries]
+
+    layout = SparseLayout(PAGE_TOKENS, csr.atoms, csr.atoms // parts, parts, csr.coefficient_bits)
+    pasts = [
+        SparsePast(layout, keys, values, table, cache.count)
+        for keys, values, table in zip(sides(dim), sides(dim // parts), cache.tables, strict=True)
     ]
-    got, expected = (function(query, *layers[0], scaling=dim**-0.5) for function in (packed_attend, reference))
-    torch.testing.assert_close(got.output, expected.output, atol=2e-2, rtol=2e-2)
+    return cache.contender(csr.name, sparse_attend, sparse_reference.sparse_attend, pasts)
 
-    def step(layer):
-        return packed_attend(query, *layers[layer], scaling=dim**-0.5).output
 
-    return Contender(kivi.name, "bf16", layer_bytes, num_layers, step)
+class _Window:
+    """What compressed caches of many layers have in common: page tables, a bf16 window, a query."""
+
+    def __init__(
+        self, shape: Shape, tokens: int, residual_tokens: int, vector_bytes: float, total_bytes: int,
+        dictionary_bytes: int = 0,
+    ):  # fmt: skip
+        window = (tokens - 1) % residual_tokens + 1
+        heads, dim, num_packed = shape.num_kv_heads, shape.head_dim, tokens - window
+        pages = -(-num_packed // PAGE_TOKENS)
+        self.layer_bytes = int(2 * heads * (num_packed * vector_bytes + window * dim * 2)) + dictionary_bytes
+        self.num_layers = max(2, round(total_bytes / self.layer_bytes))
+        self.num_pages = self.num_layers * pages
+        self.tables = torch.arange(self.num_pages, dtype=torch.int32).view(self.num_layers, 1, pages)
+        self.count, length = (torch.tensor([number], dtype=torch.int32) for number in (num_packed, tokens))
+        rings = torch.empty(self.num_layers, 2, 1, heads, window, dim, dtype=torch.bfloat16).normal_()
+        no_sinks = torch.zeros(1, heads, 0, dim, dtype=torch.bfloat16)
+        self.exact = [ExactTokens(*ring, no_sinks, no_sinks, length) for ring in rings]
+        self.query = torch.randn(1, shape.num_query_heads, dim, dtype=torch.bfloat16)
+        self.scaling = dim**-0.5
+
+    def contender(self, name: str, attend: Callable, reference: Callable, pasts: list) -> Contender:
+        """Raises: AssertionError where the kernel and its reference do not agree."""
+
+        def run(function: Callable, layer: int) -> torch.Tensor:
+            return function(self.query, pasts[layer], self.exact[layer], scaling=self.scaling).output
+
+        torch.testing.assert_close(run(attend, 0), run(reference, 0), atol=2e-2, rtol=2e-2)
+        return Contender(name, "bf16", self.layer_bytes, self.num_layers, lambda layer: run(attend, layer))
 
 
 def _random_pages(num_pages: int, heads: int, num_rows: int, row: int, kivi: Kivi) -> Packed:
@@ -178,6 +239,8 @@ def measure(shape_name: str, tokens: int, rounds: int, total_bytes: int) -> list
     num_dense = len(contenders)
     for kivi in (Kivi(2), Kivi(4), Kivi(2, residual_tokens=32)):
         contenders.append(packed_contender(shape, tokens, kivi, total_bytes))
+    for csr in (Csr(4), Csr(8), Csr(8, value_parts=2, coefficient_bits=16)):
+        contenders.append(sparse_contender(shape, tokens, csr, total_bytes))
     times = time_layers(contenders, rounds)
     best_median = min(statistics.median(kept) for kept in times[:num_dense])
     best_tenth = min(tenth_percentile(kept) for kept in times[:num_dense])
@@ -234,10 +297,10 @@ def main() -> None:
     for shape in options.shapes:
         for tokens in options.tokens:
             print(f"\n{shape} {SHAPES[shape]}, {tokens} tokens")
-            print("method       dtype  MB/layer  median ms    p10 ms   GB/s  speed-up  of p10")
+            print("method            dtype  MB/layer  median ms    p10 ms   GB/s  speed-up  of p10")
             for row in measure(shape, tokens, options.rounds, options.megabytes * 10**6):
                 print(
-                    f"{row.method:12} {row.dtype:5} {row.layer_megabytes:9.2f} {row.median_ms:10.3f} "
+                    f"{row.method:17} {row.dtype:5} {row.layer_megabytes:9.2f} {row.median_ms:10.3f} "
                     f"{row.tenth_percentile_ms:9.3f} {row.gigabytes_per_second:6.1f} "
                     f"{row.speedup_of_median:8.2f}x {row.speedup_of_tenth_percentile:6.2f}x",
                     flush=True,

@@ -48,7 +48,7 @@ def attention() -> str:
     for shape, label in SHAPES.items():
         for tokens in sorted({int(row["tokens"]) for row in saved}):
             here = [row for row in saved if row["shape"] == shape and int(row["tokens"]) == tokens]
-            packed = [row for row in here if row["method"].startswith("KIVI")]
+            packed = [row for row in here if row["method"].startswith(("KIVI", "CSR"))]
             dense = min((row for row in here if row not in packed), key=lambda row: float(row["median_ms"]))
             best = float(dense["median_ms"])
             cells = [f"{float(row['median_ms']):.3g} ms, {best / float(row['median_ms']):.2g}×" for row in packed]
