@@ -83,13 +83,22 @@ class StandInFacts(Facts):
 
     def dictionary(self, kind: DictionaryKind) -> DictionarySet:
         if kind not in self._made:
+            heads, dim = self._shape.num_kv_heads, self._shape.head_dim
             noise = torch.Generator().manual_seed(2412_11741)
             sides = [
                 [
                     normalize(torch.randn(kind.num_atoms, width, generator=noise), dim=1).to(self._device)
                     for _ in range(self._shape.num_layers)
                 ]
-                for width in (self._shape.head_dim, self._shape.head_dim // kind.value_parts)
+                for width in (dim, dim // kind.value_parts)
             ]
-            self._made[kind] = DictionarySet(kind, *sides)
+            means = (
+                [
+                    [torch.randn(heads, dim, generator=noise).to(self._device) for _ in range(self._shape.num_layers)]
+                    for _ in sides
+                ]
+                if kind.is_centred
+                else [None, None]
+            )
+            self._made[kind] = DictionarySet(kind, *sides, key_means=means[0], value_means=means[1])
         return self._made[kind]

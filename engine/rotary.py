@@ -7,6 +7,7 @@ layout of pairs (halves, neighbours, a part of the channels) is that model's. Th
 
 import copy
 import sys
+from math import prod
 
 import torch
 
@@ -61,7 +62,7 @@ class Rotary:
         return self._embedding(like, positions.to(keys.device).reshape(1, -1))
 
     def _turn(self, keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        flat = keys.float().reshape(1, -1, *keys.shape[-2:])
+        flat = keys.float().reshape(1, prod(keys.shape[:-2]), *keys.shape[-2:])
         width = cosines.shape[-1]
         _, turned = self._apply(flat[:, :0, :, :width], flat[..., :width], cosines, sines)
         return torch.cat([turned, flat[..., width:]], dim=-1).reshape(keys.shape).to(keys.dtype)

@@ -110,17 +110,22 @@ class DictionarySet:
 
     def to(self, device: torch.device | str) -> "DictionarySet":
         """The same set with its atoms on `device`; itself if they are there. Shared dictionaries stay shared."""
-        moved = {id(atoms): atoms.to(device) for atoms in (*self.keys, *self.values)}
-        if all(moved[id(atoms)] is atoms for atoms in (*self.keys, *self.values)):
+        moved = {id(tensor): tensor.to(device) for tensor in self._held()}
+        if all(moved[id(tensor)] is tensor for tensor in self._held()):
             return self
-        sides = ([moved[id(atoms)] for atoms in side] for side in (self.keys, self.values))
-        return DictionarySet(self.kind, *sides, self.card)
+        keys, values, key_means, value_means = (
+            None if layers is None else [moved[id(tensor)] for tensor in layers]
+            for layers in (self.keys, self.values, self.key_means, self.value_means)
+        )
+        return DictionarySet(self.kind, keys, values, self.card, key_means, value_means)
 
     @property
     def num_bytes(self) -> int:
         """Bytes in memory; a shared dictionary counts once."""
-        held = (*self.keys, *self.values, *(self.key_means or ()), *(self.value_means or ()))
-        return sum({id(tensor): tensor.nbytes for tensor in held}.values())
+        return sum({id(tensor): tensor.nbytes for tensor in self._held()}.values())
+
+    def _held(self) -> tuple[torch.Tensor, ...]:
+        return (*self.keys, *self.values, *(self.key_means or ()), *(self.value_means or ()))
 
 
 def fingerprint(network: torch.nn.Module) -> torch.Tensor:

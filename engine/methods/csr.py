@@ -74,6 +74,10 @@ class CsrConfig(MethodConfig):
         "MP + fit", label="Pursuit", choices=tuple(PURSUITS),
         help="How atoms are chosen: one after the other (MP, the paper), fitted once at the end, or after each (OMP).",
     )  # fmt: skip
+    is_centred: bool = setting(
+        True, label="Means apart",
+        help="Most of a key before RoPE is the mean of its head. Taking it out saves atoms; the paper leaves it in.",
+    )  # fmt: skip
     window: int = setting(
         64, label="Window", unit="tokens", minimum=0, maximum=1024, step=16,
         help="How many of the newest tokens stay exact. 0 is the paper.",
@@ -102,11 +106,10 @@ class CsrConfig(MethodConfig):
     @property
     def kind(self) -> DictionaryKind:
         """The dictionaries that these settings need."""
-        return DictionaryKind(SPACES[self.keys], self.num_atoms, self.value_parts)
+        return DictionaryKind(SPACES[self.keys], self.num_atoms, self.value_parts, self.is_centred)
 
     @property
-    def reads_codes(self) -> bool:
-        """Whether attention reads codes as they are, not what they restore."""
+    def is_after_rope(self) -> bool:
         return self.kind.space == "post_rope"
 
     def recipe(self, head_dim: int, parts: int) -> SparseRecipe:
@@ -150,7 +153,7 @@ class CsrConfig(MethodConfig):
 def _paper(bits: float) -> CsrConfig:
     return CsrConfig(
         bits=bits, num_atoms=4096, keys="before RoPE", coefficient_bits=16, value_parts=2, pursuit="MP",
-        window=0, flush=1, num_sinks=0,
+        is_centred=False, window=0, flush=1, num_sinks=0,
     )  # fmt: skip
 
 
@@ -232,7 +235,7 @@ class CsrCache(KVCache):
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
     ) -> torch.Tensor:
         state, lengths = self._layers[layer], self.lengths[layer]
-        if not self.config.reads_codes or min(lengths) < self.config.num_sinks:
+        if not self._reads_codes or min(lengths) < self.config.num_sinks:
             return super().step(layer, query, keys, values, scaling=scaling)
         for row, length in enumerate(lengths):
             state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
@@ -278,8 +281,8 @@ class CsrCache(KVCache):
         if missing:
             self._table.add(layer, row, missing)
         for side, pages_of, vectors, atoms in (
-            (0, self._keys, self._turned_back(keys, first), self._dictionaries.keys[layer]),
-            (1, self._values, values, self._dictionaries.values[layer]),
+            (0, self._keys, self._without_mean(layer, 0, keys, first), self._dictionaries.keys[layer]),
+            (1, self._values, self._without_mean(layer, 1, values, first), self._dictionaries.values[layer]),
         ):
             codes = pages_of.recipe.encode(vectors, atoms, self.facts.gram(atoms))
             pages_of.write(self._table.pool, pages, coded, codes)
@@ -305,7 +308,7 @@ class CsrCache(KVCache):
         values = self._values.recipe.restore(
             self._values.read(pool, pages, first, last), self._dictionaries.values[layer]
         )
-        return self._turned(keys, sinks + first), values
+        return self._with_mean(layer, 0, keys, sinks + first), self._with_mean(layer, 1, values, sinks + first)
 
     def _complete(
         self, sinks: torch.Tensor, ring: Ring, layer: int, row: int, coded: torch.Tensor, start: int, stop: int
@@ -318,21 +321,38 @@ class CsrCache(KVCache):
             pieces.append(ring.read(row, first_exact, stop).float())
         return torch.cat(pieces, dim=1)
 
-    def _turned_back(self, keys: torch.Tensor, first: int) -> torch.Tensor:
-        """Keys as they are coded, the first of them token `first`."""
-        return keys if self.config.reads_codes else self.facts.rotary.unrotate(keys.float(), self._places(keys, first))
+    def _without_mean(self, layer: int, side: int, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        """What is coded of keys (side 0) or values, the first of them token `first`. Shapes: `[HK, t, D]`."""
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        tokens, mean = tokens.float(), self._mean(layer, side)
+        if side == 0 and not self.config.is_after_rope:
+            tokens = self.facts.rotary.unrotate(tokens, places)
+        elif side == 0 and mean is not None:
+            mean = self.facts.rotary.rotate(mean.expand(-1, len(places), -1), places)
+        return tokens if mean is None else tokens - mean
 
-    def _turned(self, keys: torch.Tensor, first: int) -> torch.Tensor:
-        """Coded keys as attention sees them."""
-        return keys if self.config.reads_codes else self.facts.rotary.rotate(keys, self._places(keys, first))
+    def _with_mean(self, layer: int, side: int, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        """What attention sees of restored keys or values: the way back from `_without_mean`."""
+        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
+        mean = self._mean(layer, side)
+        if side == 0 and self.config.is_after_rope and mean is not None:
+            mean = self.facts.rotary.rotate(mean.expand(-1, len(places), -1), places)
+        tokens = tokens if mean is None else tokens + mean
+        return tokens if side == 1 or self.config.is_after_rope else self.facts.rotary.rotate(tokens, places)
 
-    @staticmethod
-    def _places(keys: torch.Tensor, first: int) -> torch.Tensor:
-        return torch.arange(first, first + keys.shape[1], device=keys.device)
+    def _mean(self, layer: int, side: int) -> torch.Tensor | None:
+        """A head's mean, of keys before RoPE. Shapes: `[HK, 1, D]`."""
+        means = (self._dictionaries.key_means, self._dictionaries.value_means)[side]
+        return None if means is None else means[layer].unsqueeze(1)
+
+    @property
+    def _reads_codes(self) -> bool:
+        """Whether attention reads codes as they are, not what they restore."""
+        return self.config.is_after_rope and not self.config.is_centred
 
     @property
     def attention_path(self) -> str:
-        if self.config.reads_codes:
+        if self._reads_codes:
             return f"{dispatch.describe('sparse_attend', self.device)} on sparse codes"
         return "restored tile by tile, as in the paper"
 

@@ -123,7 +123,8 @@ def test_one_prompt_and_many_steps_give_the_same_codes():
 
 def test_dictionaries_count_beside_the_cache():
     cache, *_ = filled(CsrConfig(num_atoms=512), 100)
-    assert cache.shared_bytes == 2 * 512 * 64 * 4
+    atoms, means = 2 * 512 * 64, 2 * SMALL.num_kv_heads * 64
+    assert cache.shared_bytes == 4 * (atoms + means)
     assert cache.footprint().shared_bytes == cache.shared_bytes
     assert "dictionary" not in cache.parts()
 
