@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from benchmarks import report
 from kvlens.engine.bench import Candidate, NetworkBench
+from kvlens.engine.errors import EngineError
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
 from kvlens.engine.throughput import TIMED_STEPS, WARM_UP_STEPS, FilledCell, plan_cells
@@ -62,10 +63,14 @@ def measure(model: LoadedModel, context: int) -> list[Row]:
         for entry in available().values()
         for preset, config in entry.presets.items()
     ]
-    cells = [FilledCell(bench, cell) for cell in plan_cells(candidates, [context], [1])]
-    for cell in cells:
-        for _ in cell.fill():
-            pass
+    cells = []
+    for cell in plan_cells(candidates, [context], [1]):
+        try:
+            cells.append(FilledCell(bench, cell))
+            for _ in cells[-1].fill():
+                pass
+        except EngineError as error:
+            print(f"{cell.candidate.label} is left out: {error}")
     step, held = hugging_face(model, context)
     times = []
     for number in range(WARM_UP_STEPS + TIMED_STEPS):

@@ -28,3 +28,23 @@ def bits_per_value(footprint: Footprint, shape: ModelShape) -> float:
     """Real bits that one number of the cache takes, everything counted."""
     num_values = shape.values_per_token * footprint.num_tokens
     return 8 * footprint.live_bytes / num_values if num_values else 0.0
+
+
+def most_tokens(shape: ModelShape, method_name: str, config: MethodConfig, *, limit_bytes: int) -> int:
+    """How long a sequence may grow within `limit_bytes`, by the same formula; 0 if not one token fits.
+
+    Limits: a method that forgets may never reach the limit; what is told ends at 2^40 tokens.
+    """
+
+    def fits(num_tokens: int) -> bool:
+        return estimate(shape, method_name, config, num_tokens=num_tokens).live_bytes <= limit_bytes
+
+    if not fits(1):
+        return 0
+    held = 1
+    while held < 2**39 and fits(2 * held):
+        held *= 2
+    step = held // 2
+    while step:
+        held, step = (held + step if fits(held + step) else held), step // 2
+    return held

@@ -54,6 +54,12 @@ def default_config(method: Method) -> MethodConfig:
     return next(iter(method.presets.values()), None) or method.config()
 
 
+def presets_of(method_name: str) -> dict[str, MethodConfig]:
+    """The named settings of a method; none for a method that there is not."""
+    method = available().get(method_name)
+    return {} if method is None else method.presets
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """All methods with their fields and presets, as the page draws them."""
     return [

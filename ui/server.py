@@ -18,8 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvlens.engine.footprint import PARTS
 from kvlens.engine.registry import available
-from kvlens.ui import controls, layout, palette, text
+from kvlens.ui import controls, lab_text, layout, palette, text
 from kvlens.ui.handlers import ChatHandlers
+from kvlens.ui.lab_handlers import LabHandlers
 from kvlens.ui.library import Library
 from kvlens.ui.models import ModelHub
 from kvlens.ui.session import SessionStore
@@ -53,7 +54,7 @@ def script() -> str:
     """All scripts of the page as one, behind the words, colours and methods that they draw with."""
     names = list(available())
     data = {
-        "text": {"title": text.TITLE, "tagline": text.TAGLINE, **text.CLIENT},
+        "text": {"title": text.TITLE, "tagline": text.TAGLINE, **text.CLIENT, "lab": lab_text.CLIENT},
         "palette": palette.client_palette(names),
         "methods": controls.describe_methods(),
         "partOrder": list(PARTS),
@@ -149,7 +150,7 @@ def create_app(hub: ModelHub, *, host: str, port: int, runs: Library | None = No
     store = SessionStore()
     handlers = ChatHandlers(hub, store, runs or Library())
     shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    demo = layout.build(handlers, address=f"http://{shown_host}:{port}/")
+    demo = layout.build(handlers, LabHandlers(hub, store), address=f"http://{shown_host}:{port}/")
     app.state.sessions = store
     return gr.mount_gradio_app(
         app, demo, path="/", theme=theme(), css=stylesheet(), head=head(), footer_links=[], run_history=False,

@@ -18,6 +18,7 @@ from kvlens.ui.recording import Recording
 
 if TYPE_CHECKING:
     from kvlens.engine.compare import Comparison
+    from kvlens.ui.lab_plan import LabRun
 
 MAX_SESSIONS = 64
 CACHE_IDLE_SECONDS = 10 * 60
@@ -59,6 +60,7 @@ class Session:
     recording: Recording | None = None
     is_own_run: bool = False
     comparison: "Comparison | None" = None
+    lab: "LabRun | None" = None
     last_seen: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
@@ -140,6 +142,8 @@ class SessionStore:
             session = self._sessions.pop(key, None)
         if session is not None:
             session.stop()
+            if session.lab is not None:
+                session.lab.stop.set()
             if session.ticket is None:
                 session.free()
 

@@ -14,6 +14,7 @@ DESCRIPTION = (
 
 SERVING = "KVLens is at {address}"
 TAB_CHAT = "Chat"
+TAB_LAB = "Throughput"
 TAB_ABOUT = "About"
 
 PROMPT_PLACEHOLDER = "Ask both lanes the same thing"
