@@ -21,7 +21,6 @@ from kvlens.kernels.native.vectors import (
     broadcast,
     load_broadcast,
     load_floats,
-    prefetch,
     splat,
     store_floats,
 )
@@ -30,7 +29,6 @@ GROUP_VECTORS = 8
 TILE_ATOMS = 32  # of the transposed dictionary: `[N / 32, W, 32]`
 SWEEP_ATOMS = 64
 LANE_BYTES = 4 * GROUP_VECTORS  # one number of each vector of the group, side by side
-_SWEPT_BYTES = 4 * SWEEP_ATOMS
 
 
 def _loop(builder, stop: ir.Value, step: int = 1, start: ir.Value | None = None):
@@ -172,13 +170,6 @@ def _sweep(builder, products, num_atoms, row=None, factor: Lanes | None = None) 
         index = found.lanes + [float(NUM_LANES * i + lane) for lane in range(NUM_LANES)]
         first = Lanes(builder, builder.select(is_highest, index.value, splat(builder, math.inf).value)).smaller(first)
     return builder.fptosi(first.smallest(), ir.IntType(64))
-
-
-@_intrinsic_of(types.void)
-def prefetch_row(builder, row, num_atoms):
-    """Ask for a row of the Gram matrix, to be swept when the other vectors of the group have had their turn."""
-    with _loop(builder, num_atoms, SWEEP_ATOMS) as (start, _):
-        prefetch(builder, _plus(builder, row, start, 4), _SWEPT_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """The pursuits on the CPU, over the dictionary's Gram matrix.
 
-Eight vectors go side by side: their products with all N atoms are computed once, in registers' tiles, and stay in the
+Eight vectors go side by side: their products with all N atoms are computed once, summed in registers, and stay in the
 first-level cache; from then on an iteration is one sweep over a row of the Gram matrix, which subtracts and
-searches at once. While one vector is swept the rows of the others are on their way. The fits solve all eight
-systems in eight lanes.
+searches at once. The fits solve all eight systems in eight lanes. Groups are shared out over torch's threads.
 
-Arithmetic: 2 N W for the products and 2 N (s - 1) for the sweeps, a vector. Groups are shared out over torch's
-threads.
+Arithmetic of a vector: 2 N W for the products, at the peak of the multipliers; 2 N (s - 1) for the sweeps, whose
+rows come from the second- and third-level caches (asking for them ahead made it slower: the processor does).
 """
 
 import ctypes
@@ -27,7 +26,6 @@ from kvlens.kernels.native.pursuit_rows import (
     TILE_ATOMS,
     factor_row,
     multiply_group,
-    prefetch_row,
     strongest,
     substitute_back,
     subtract_row,
@@ -208,8 +206,6 @@ def pursuit_worker(element, width, tile_vectors, distinct, refit, orthogonal, so
                             index = subtract_row((products, num_atoms, row, change))
                     product = read_float(products + 4 * index)
                     row = gram + 4 * num_atoms * index
-                    if step + 1 < sparsity:
-                        prefetch_row((row, num_atoms))
                     write_int64(chosen + 2 * here + 8 * vector, index)
                     write_int16(field(arguments, "indices") + 2 * ((first + vector) * sparsity + step), index)
                     write_float(changes + here + 4 * vector, product)
