@@ -13,13 +13,12 @@ overrides `step` where it has a kernel. Everything else is here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvlens.engine.budget import MemoryBudget
@@ -27,7 +26,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
 from kvlens.engine.facts import Facts
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
-from kvlens.engine.layer import LayerHandle
+from kvlens.engine.layer import LayerHandle, TransformersCache
 from kvlens.engine.probe import ErrorProbe
 from kvlens.engine.segments import TILE_TOKENS, Tile, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
@@ -47,7 +46,7 @@ class Checkpoint:
     probe: Any = None
 
 
-class KVCache(transformers.Cache, ABC):
+class KVCache(TransformersCache, ABC):
     """Keys and values of all layers of `batch_size` sequences, in the form of one method.
 
     `dtype` is the type of what is kept exact: 16 bits, so that every lane is compared on equal terms.
@@ -88,6 +87,7 @@ class KVCache(transformers.Cache, ABC):
         self._is_in_prefill = False
         self._taken_bytes = 0
         self._checkpoint_bytes = 0
+        self._num_allocations = 0
 
     # ------------------------------------------------------------------ what a method implements
 
@@ -141,6 +141,17 @@ class KVCache(transformers.Cache, ABC):
             self.lengths[layer][row] += 1
         return output
 
+    def step_key(self) -> Hashable | None:
+        """Names the tensors that `step_tasks` would use now; None where the next step has no tasks."""
+        return None
+
+    def step_tasks(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
+        scaling: float,
+    ) -> list[Any]:  # fmt: skip
+        """`step` as tasks of a native program (`kernels/native/program.py`), from and to these fp32 tensors."""
+        raise NotImplementedError(f"{self.name} gives a step_key() and has no step_tasks()")
+
     def view(self, layer: int, head: int, row: int = 0) -> CacheView:
         """One head as attention sees it, as numpy arrays."""
         tile = self.rebuild(layer, row, 0, self.lengths[layer][row])
@@ -188,6 +199,24 @@ class KVCache(transformers.Cache, ABC):
             valid = None
         return self._attend_prompt(layer, query, Tile(keys, values), valid, scaling=scaling)
 
+    def begin_step(self) -> Hashable | None:
+        """One token of each sequence comes next, in every layer: by `step`, or by tasks if this gives a key.
+
+        The tasks built for a key may be run again as long as the key stays the same; `end_tasks` follows them.
+        """
+        self.end_prefill()
+        self.reserve(max(self.lengths[0]) + 1)
+        self._seen = [seen + 1 for seen in self._seen]
+        return self.step_key()
+
+    def end_tasks(self) -> None:
+        """Tasks of every layer have run: bring up to date what the host knows."""
+        for lengths in self.lengths:
+            lengths[:] = [length + 1 for length in lengths]
+
+    def observe(self) -> None:
+        """Hand the probe what the last step packed, if a method has put that off to after the clock."""
+
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Add prompt tokens that nobody attends from; `end_prefill` packs them. Shapes: `[B, HK, T, D]`.
 
@@ -197,6 +226,10 @@ class KVCache(transformers.Cache, ABC):
             raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {keys.shape[0]}")
         self._seen[layer] += keys.shape[2]
         self._wait_for_end(layer, Tile(keys, values))
+
+    @property
+    def is_in_prefill(self) -> bool:
+        return self._is_in_prefill
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
@@ -257,6 +290,10 @@ class KVCache(transformers.Cache, ABC):
 
     # ------------------------------------------------------------------ looking at it
 
+    def seen_tokens(self, layer: int) -> int:
+        """Columns of the batch so far, padding included."""
+        return self._seen[layer]
+
     @property
     def num_tokens(self) -> int:
         """Tokens stored or pending in the first layer, over all sequences."""
@@ -296,6 +333,7 @@ class KVCache(transformers.Cache, ABC):
                 "Shorten the context, lower the new tokens or compress more."
             ) from error
         self._taken_bytes += num_bytes
+        self._num_allocations += 1
         return tensor
 
     def discard(self, tensor: torch.Tensor | None) -> None:
@@ -379,30 +417,6 @@ class KVCache(transformers.Cache, ABC):
             self.store(layer, row, keys, values)
             self.lengths[layer][row] += keys.shape[1]
         self._pending[layer] = [[] for _ in range(self.num_rows)]
-
-    # ------------------------------------------------------------------ what transformers asks
-
-    def seen_tokens(self, layer: int) -> int:
-        """Columns of the batch so far, padding included."""
-        return self._seen[layer]
-
-    def reset(self) -> None:
-        self.free()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise EngineError(
-            "a packed cache cannot be cropped token by token (assisted decoding needs that); "
-            "take a checkpoint() and go back to it with rollback()"
-        )
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        raise EngineError("beam search is not served: a KVLens cache does not reorder its sequences")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise EngineError("several returned sequences are not served; repeat the prompt in the batch instead")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise EngineError("a KVLens cache does not drop sequences from its batch")
 
 
 def _tensors_in(saved: Any) -> Iterator[torch.Tensor]:

@@ -185,7 +185,7 @@ class Comparison:
                 max_context=model.max_context,
                 lanes=[],
                 machine=machine_memory(model.device),
-                notices=dispatch.notices(),
+                notices=[*dispatch.notices(), *model.notices],
             )
         record.lanes = [lane.log for lane in self._lanes.values()]
         return record

@@ -1,9 +1,11 @@
-"""What transformers sees of one layer: a handle that passes fresh keys and values on to the cache."""
+"""What transformers sees of a cache, and of one layer: a handle that passes fresh keys and values on."""
 
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvlens.engine.errors import EngineError
 
 if TYPE_CHECKING:
     from kvlens.engine.cache import KVCache
@@ -48,3 +50,25 @@ class LayerHandle(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
     """The name that transformers 5.17 uses."""
+
+
+class TransformersCache(Cache):
+    """What `generate` may ask of a cache beside its layers, and what a packed cache cannot do."""
+
+    def reset(self) -> None:
+        self.free()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise EngineError(
+            "a packed cache cannot be cropped token by token (assisted decoding needs that); "
+            "take a checkpoint() and go back to it with rollback()"
+        )
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        raise EngineError("beam search is not served: a KVLens cache does not reorder its sequences")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise EngineError("several returned sequences are not served; repeat the prompt in the batch instead")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise EngineError("a KVLens cache does not drop sequences from its batch")

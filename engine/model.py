@@ -20,6 +20,7 @@ from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import ModelError
 from kvlens.engine.facts import ModelFacts
+from kvlens.engine.lean import LeanStep
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
@@ -31,6 +32,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 _SELF_TEST_TOKENS = 24
 _SELF_TEST_TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
+_SHORT_WAY_TOLERANCE = 1e-3
+"""Both ways compute in fp32 and round keys and values to 16 bits, sometimes to a neighbour."""
 
 Progress = Callable[[str], None]
 
@@ -39,7 +42,8 @@ Progress = Callable[[str], None]
 class LoadedModel:
     """A network with its tokenizer, ready to decode.
 
-    `cache_dtype` is what exact tokens are kept in: always 16 bits. `max_context` counts prompt and answer.
+    `cache_dtype` is what exact tokens are kept in: always 16 bits. `max_context` counts prompt and answer. `lean`
+    is the short way of a decode step where there is one; `notices` say why there is none.
     """
 
     name: str
@@ -51,6 +55,8 @@ class LoadedModel:
     max_context: int
     is_embedded: bool = False
     end_tokens: frozenset[int] = field(default_factory=frozenset)
+    lean: LeanStep | None = None
+    notices: list[str] = field(default_factory=list)
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -71,7 +77,8 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.network.parameters())
+        extra = 0 if self.lean is None else self.lean.extra_bytes
+        return extra + sum(parameter.nbytes for parameter in self.network.parameters())
 
     def new_cache(self, method_name: str, config: MethodConfig, **options) -> KVCache:
         """An empty cache of a method for this model. Raises: ValueError if the settings do not fit it."""
@@ -142,6 +149,7 @@ def load_model(
     bridge.install()
     say(f"Reading the configuration of {label}")
     config = _guarded(label, lambda: AutoConfig.from_pretrained(source))
+    stored_dtype = getattr(config.get_text_config(), "dtype", None)
     context = _context(config, max_context)
     say(f"Loading {label}")
     tokenizer = _guarded(label, lambda: AutoTokenizer.from_pretrained(source))
@@ -159,6 +167,7 @@ def load_model(
     )  # fmt: skip
     say(f"Checking that {label} gives the same answer through the bridge")
     _self_test(model)
+    _take_short_way(model, stored_dtype)
     say(f"Preparing the kernels for {label}")
     warm_up_methods(model)
     return model
@@ -239,11 +248,8 @@ def _end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _self_test(model: LoadedModel) -> None:
     """Raises: ModelError if our exact cache and the model's own give different logits."""
-    from kvlens.engine.methods.dense import DenseConfig
-
-    vocabulary = model.network.get_input_embeddings().num_embeddings
-    ids = (torch.arange(_SELF_TEST_TOKENS, device=model.device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
-    cache = model.new_cache("dense", DenseConfig())
+    ids = _test_ids(model)
+    cache = model.new_cache("dense", method("dense").config())
     try:
         with torch.inference_mode():
             ours = _logits(model, ids, cache)
@@ -263,6 +269,41 @@ def _self_test(model: LoadedModel) -> None:
             f"{model.name} cannot be served: through the bridge its logits differ by {difference:.2g} "
             "of their range from the model's own, so its answers would be wrong. Choose another model."
         )
+
+
+def _take_short_way(model: LoadedModel, stored_dtype: torch.dtype | None) -> None:
+    """Give the model its short step if it has one and its logits are the network's; else note why not."""
+    if model.device.type != "cpu":
+        return
+    try:
+        lean = LeanStep(model.network, stored_dtype)
+        difference = _difference(model, lean)
+        if not difference <= _SHORT_WAY_TOLERANCE:
+            raise ModelError(f"its logits differ by {difference:.2g} of their range from the model's own")
+        model.lean = lean
+    except (ModelError, AttributeError) as error:
+        model.notices.append(f"Decode steps of {model.name} take the slow way through transformers: {error}.")
+
+
+def _difference(model: LoadedModel, lean: LeanStep) -> float:
+    """The largest difference of two steps' logits from the network's, in parts of their range."""
+    ids = _test_ids(model)
+    caches = [model.new_cache("dense", method("dense").config()) for _ in range(2)]
+    try:
+        with torch.inference_mode():
+            want = _logits(model, ids, caches[0])[1:]
+            model.network(ids[:, :-2], past_key_values=caches[1])
+            got = torch.stack([lean.run(caches[1], token) for token in ids[0, -2:].tolist()])
+    finally:
+        for cache in caches:
+            cache.free()
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1.0)).item()
+
+
+def _test_ids(model: LoadedModel) -> torch.Tensor:
+    """A short prompt of tokens from all over the vocabulary. Shapes: `[1, T]`."""
+    vocabulary = model.network.get_input_embeddings().num_embeddings
+    return (torch.arange(_SELF_TEST_TOKENS, device=model.device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
 
 
 def _logits(model: LoadedModel, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ fastest dense path that this machine has for the shape at hand (`kernels/dense_a
 candidates once and says which it took).
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare
+from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare, step_tasks, takes_native
 
 BLOCK_TOKENS = 256
 """Buffers grow in steps of at least this many tokens."""
@@ -94,6 +94,18 @@ class DenseCache(KVCache):
             query, all_keys, all_values, self._lengths[layer], scaling=scaling, longest=max(lengths),
             is_ragged=min(lengths) != max(lengths),
         )  # fmt: skip
+
+    def step_key(self) -> Hashable | None:
+        longest = max(self.lengths[0]) + 1
+        is_native = takes_native(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
+        return self._num_allocations if is_native else None
+
+    def step_tasks(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
+        scaling: float,
+    ) -> list[Any]:  # fmt: skip
+        buffers = self._keys[layer], self._values[layer]
+        return step_tasks(query, keys, values, output, buffers, self._lengths[layer], scaling=scaling)
 
     def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
         return Tile(self._keys[layer][row, :, start:stop], self._values[layer][row, :, start:stop])

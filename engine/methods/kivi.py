@@ -11,11 +11,12 @@ and so keeps a few more exact; `num_sinks` > 0 keeps the first tokens exact. All
 0 by 0 in the authors' code, are guarded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvlens.engine.cache import KVCache
@@ -27,6 +28,7 @@ from kvlens.engine.shape import ModelShape
 from kvlens.engine.storage import ExactWindow, PagePool, PageTable, Ring
 from kvlens.kernels import dispatch
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
+from kvlens.kernels.packed_attend.tasks import step_tasks
 from kvlens.kernels.quantize_pack import Packed, check_layout, dequantize, quantize_pack, unpack
 
 PAGE_TOKENS = 128
@@ -160,6 +162,8 @@ class KiviCache(KVCache):
         )
         self._table = PageTable(shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard)
         self._layers: list[ExactWindow] = []
+        self._due_values = np.zeros(self.num_rows, dtype=np.int32)
+        self._is_unobserved = False
 
     # ------------------------------------------------------------------ storing
 
@@ -192,6 +196,15 @@ class KiviCache(KVCache):
             state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
             state.values.tensor[row, :, length % state.values.capacity] = values[row]
         state.length.add_(1)
+        output = packed_attend(query, *self._stored(layer), scaling=scaling).output
+        for row, length in enumerate(lengths):
+            self._flush(layer, row, length, length + 1)
+            lengths[row] = length + 1
+        return output
+
+    def _stored(self, layer: int) -> tuple[PackedPast, ExactTokens]:
+        """A layer as the kernels take it."""
+        state = self._layers[layer]
         past = PackedPast(
             self.layout,
             self._packed("key"),
@@ -200,24 +213,62 @@ class KiviCache(KVCache):
             state.num_keys,
             state.num_values,
         )
-        exact = ExactTokens(state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length)
-        output = packed_attend(query, past, exact, scaling=scaling).output
-        for row, length in enumerate(lengths):
-            self._flush(layer, row, length, length + 1)
-            lengths[row] = length + 1
-        return output
+        return past, ExactTokens(
+            state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length
+        )
+
+    def step_key(self) -> Hashable | None:
+        if min(self.lengths[0]) < self.config.num_sinks:
+            return None
+        for row, length in enumerate(self.lengths[0]):
+            self._due_values[row] = self.config.num_packed_values(length + 1)
+        return self._num_allocations
+
+    def step_tasks(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
+        scaling: float,
+    ) -> list[Any]:  # fmt: skip
+        return step_tasks(
+            query, keys, values, output, *self._stored(layer), scaling=scaling,
+            due_values=torch.from_numpy(self._due_values),
+        )  # fmt: skip
+
+    def end_tasks(self) -> None:
+        """Values are packed by the tasks; a block of keys is packed here when it is full."""
+        super().end_tasks()
+        self._is_unobserved = self.probe is not None
+        for row, after in enumerate(self.lengths[0]):
+            if self.config.num_packed_keys(after) > self.config.num_packed_keys(after - 1):
+                for layer in range(self.shape.num_layers):
+                    self._flush_keys(layer, row, after - 1, after)
+
+    def observe(self) -> None:
+        """The values that the tasks packed are still in the ring."""
+        if not self._is_unobserved:
+            return
+        self._is_unobserved = False
+        after = self.lengths[0][0]
+        packed, due = self.config.num_packed_values(after - 1), self.config.num_packed_values(after)
+        first = self.config.num_sinks + packed
+        for layer in range(self.shape.num_layers if due > packed else 0):
+            block = self._layers[layer].values.read(0, first, first + due - packed)
+            self._observe(layer, 0, 1, first, block)
 
     def _flush(self, layer: int, row: int, before: int, after: int) -> None:
         """Pack what the step from `before` to `after` tokens has pushed out of the exact window."""
+        state, sinks = self._layers[layer], self.config.num_sinks
+        self._flush_keys(layer, row, before, after)
+        packed, due = self.config.num_packed_values(before), self.config.num_packed_values(after)
+        if due > packed:
+            self._pack_values(layer, row, state.values.read(row, sinks + packed, sinks + due), before, after)
+            state.num_values[row] = due
+
+    def _flush_keys(self, layer: int, row: int, before: int, after: int) -> None:
         state, sinks = self._layers[layer], self.config.num_sinks
         packed, due = self.config.num_packed_keys(before), self.config.num_packed_keys(after)
         if due > packed:
             self._pack_keys(layer, row, state.keys.read(row, sinks + packed, sinks + due), before, after)
             state.num_keys[row] = due
-        packed, due = self.config.num_packed_values(before), self.config.num_packed_values(after)
-        if due > packed:
-            self._pack_values(layer, row, state.values.read(row, sinks + packed, sinks + due), before, after)
-            state.num_values[row] = due
 
     def _with_window(self, ring: Ring, row: int, num_packed: int, before: int, fresh: torch.Tensor) -> torch.Tensor:
         """Every exact token that is not a sink: the window, then the fresh ones. Shapes: `[HK, T, D]`."""

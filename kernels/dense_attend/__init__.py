@@ -40,6 +40,28 @@ def dense_attend(
     return paths.PATHS[name](query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged)
 
 
+def takes_native(keys: torch.Tensor, *, num_query_heads: int, longest: int) -> bool:
+    """Whether our own kernel is the fastest path here, so that `step_tasks` stands in for `dense_attend`."""
+    name = fastest(_problem(keys, num_query_heads, longest))
+    _chosen[str(keys.device)] = name
+    return name == "native"
+
+
+def step_tasks(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor,
+    buffers: tuple[torch.Tensor, torch.Tensor], length: torch.Tensor, *, scaling: float,
+) -> list:  # fmt: skip
+    """Append a token of each sequence to the buffers and attend to everything, as tasks of a native program.
+
+    Shapes: query and output `[B, HQ, D]`, keys and values `[B, HK, D]`, all fp32; buffers and length as in
+    `dense_attend`. `length` is brought up to date.
+    """
+    from kvlens.kernels.packed_attend.tasks import step_tasks
+
+    past, exact = paths.as_packed(*buffers, length)
+    return step_tasks(query, keys, values, output, past, exact, scaling=scaling)
+
+
 def prepare(keys: torch.Tensor, *, num_query_heads: int) -> None:
     """Measure the paths for every length that buffers like `keys` can hold, so that no step has to.
 

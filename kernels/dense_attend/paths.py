@@ -40,9 +40,13 @@ def native(
     scaling: float, longest: int, is_ragged: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Our own packed attention with nothing packed: reads 16 bits a value, computes in fp32."""
+    return packed_attend(query, *as_packed(keys, values, length), scaling=scaling).output
+
+
+def as_packed(keys: torch.Tensor, values: torch.Tensor, length: torch.Tensor) -> tuple[PackedPast, ExactTokens]:
+    """Exact buffers as a packed cache in which nothing is packed yet."""
     past = _nothing_packed(keys.shape[0], keys.shape[1], keys.shape[3], str(keys.device))
-    exact = ExactTokens(keys, values, keys[:, :, :0], values[:, :, :0], length)
-    return packed_attend(query, past, exact, scaling=scaling).output
+    return past, ExactTokens(keys, values, keys[:, :, :0], values[:, :, :0], length)
 
 
 @cache

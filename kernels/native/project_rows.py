@@ -163,3 +163,20 @@ def widen(typing, source, count, target, element):
         return context.get_dummy_value()
 
     return types.void(source, count, target, element), codegen
+
+
+@intrinsic(prefer_literal=True)
+def narrow(typing, source, count, target, element):
+    """target = source, which is fp32, rounded to the element, for `count` values."""
+    if not isinstance(element, types.IntegerLiteral):
+        return None
+    kind = element.literal_value
+
+    def codegen(context, builder, signature, values):
+        source, count, target, _ = values
+        with _vectors(builder, count) as (index, _):
+            lanes = load_floats(builder, _plus(builder, source, index, 4), NUM_LANES)
+            store_floats(builder, lanes, _plus(builder, target, index, ELEMENT_BYTES[kind]), element=kind)
+        return context.get_dummy_value()
+
+    return types.void(source, count, target, element), codegen

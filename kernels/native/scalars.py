@@ -38,6 +38,17 @@ def write_float(typing, address, number):
 
 
 @intrinsic
+def write_int32(typing, address, number):
+    """Store an int32."""
+
+    def codegen(context, builder, signature, values):
+        builder.store(values[1], builder.inttoptr(values[0], values[1].type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int32), codegen
+
+
+@intrinsic
 def write_int64(typing, address, number):
     """Store an int64."""
 

@@ -115,6 +115,11 @@ def quantize_worker(source):
     return worker
 
 
+def row_kernel(bits: int, group_size: int, dtype: torch.dtype) -> int:
+    """The address of the inner loop over rows whose values are neighbours (see `rows_kernel`)."""
+    return jit.kernel(rows_kernel, bits, group_size, ELEMENTS[dtype]).address
+
+
 @lru_cache(maxsize=256)
 def _kernels(bits: int, group_size: int, element: int, is_across: bool) -> tuple[int, int]:
     """Addresses of the worker and of the inner loop."""
