@@ -120,12 +120,23 @@ class Collected:
     def num_tokens(self) -> int:
         return len(self.positions)
 
-    def vectors(self, side: str, layer: int, *, space: str, parts: int) -> torch.Tensor:
-        """One layer's vectors to code. Shapes: fp16 `[HK * T * parts, D / parts]`."""
-        tensor = (self.keys if side == "keys" else self.values)[layer]
-        if side == "keys" and space == "pre_rope":
-            tensor = self.rotary.unrotate(tensor, self.positions)
-        return tensor.unflatten(-1, (parts, -1)).flatten(0, -2)
+    def exact(self, side: str, layer: int, space: str) -> torch.Tensor:
+        """One layer's keys (in `space`) or values. Shapes: fp16 `[HK, T, D]`."""
+        if side == "values":
+            return self.values[layer]
+        keys = self.keys[layer]
+        return self.rotary.unrotate(keys, self.positions) if space == "pre_rope" else keys
+
+    def mean(self, side: str, layer: int) -> torch.Tensor:
+        """The mean of each head, of keys before RoPE. Shapes: float32 `[HK, D]`."""
+        return self.exact(side, layer, "pre_rope").float().mean(dim=1)
+
+    def centred(self, side: str, layer: int, space: str, mean: torch.Tensor) -> torch.Tensor:
+        """What is left of `exact` without `mean` `[HK, D]`, turned to each position where keys are."""
+        means = mean.unsqueeze(1).expand(-1, self.num_tokens, -1)
+        if side == "keys" and space == "post_rope":
+            means = self.rotary.rotate(means, self.positions)
+        return (self.exact(side, layer, space).float() - means).half()
 
 
 @torch.inference_mode()
