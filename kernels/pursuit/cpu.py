@@ -1,23 +1,25 @@
-"""The pursuits on the CPU, over the dictionary's Gram matrix.
+"""The pursuits on the CPU, eight vectors side by side.
 
-Eight vectors go side by side: their products with all N atoms are computed once, summed in registers, and stay in the
-first-level cache; from then on an iteration is one sweep over a row of the Gram matrix, which subtracts and
-searches at once. The fits solve all eight systems in eight lanes. Groups are shared out over torch's threads.
+A vector's products with all N atoms are summed in registers and stay in the first-level cache. With the
+dictionary's Gram matrix an iteration is one sweep over one of its rows, which subtracts and searches at once; the
+residual itself is never needed. Dictionaries too large for a Gram matrix keep the residual instead and
+multiply it anew. The fits solve all eight systems in eight lanes. Groups are shared out over torch's threads.
 
-Arithmetic of a vector: 2 N W for the products, at the peak of the multipliers; 2 N (s - 1) for the sweeps, whose
-rows come from the second- and third-level caches (asking for them ahead made it slower: the processor does).
+Arithmetic of a vector: 2 N W for the products, at the peak of the multipliers, and 2 N (s - 1) for the sweeps, whose
+rows come from the second- and third-level caches (asking for them ahead made it slower: the processor does);
+2 N W s without a Gram matrix.
 """
 
 import ctypes
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvlens.kernels.native import jit, threads
-from kvlens.kernels.native.dense_rows import padded, read_rows
+from kvlens.kernels.native.dense_rows import add_scaled, padded, read_rows, score_rows
 from kvlens.kernels.native.jit import depends_on
 from kvlens.kernels.native.pursuit_rows import (
     GROUP_VECTORS,
@@ -49,6 +51,7 @@ jit.require_half_floats()
 ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 MIN_PARALLEL_GROUPS = 4  # groups below which waking a team costs more than it saves
 RESTORED_PER_ITEM = 256
+LARGEST_GRAM = 2048  # atoms whose Gram matrix, 16 MiB, is worth its memory
 
 _CONSTANTS = torch.tensor([1.0, MIN_PIVOT])
 
@@ -58,7 +61,7 @@ class PursuitArguments(ctypes.Structure):
 
     _fields_ = tuple((name, ctypes.c_int64) for name in (
         "vectors", "vector_stride", "num_vectors", "sparsity",
-        "tiles", "gram", "num_atoms", "constants",
+        "tiles", "atoms", "gram", "num_atoms", "constants",
         "indices", "coefficients",
         "scratch", "scratch_bytes", "products_offset", "next_item", "next_thread",
     ))  # fmt: skip
@@ -100,7 +103,7 @@ def pursue(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     prepared = _prepare(dictionary, gram)
-    num_atoms = len(prepared.gram)
+    num_atoms = len(prepared.atoms)
 
     num_groups = -(-len(rows) // GROUP_VECTORS)
     num_threads = min(threads.num_threads(), num_groups) if num_groups >= MIN_PARALLEL_GROUPS else 1
@@ -114,7 +117,8 @@ def pursue(
         num_vectors=len(rows),
         sparsity=sparsity,
         tiles=prepared.tiles.data_ptr(),
-        gram=prepared.gram.data_ptr(),
+        atoms=prepared.atoms.data_ptr(),
+        gram=0 if prepared.gram is None else prepared.gram.data_ptr(),
         num_atoms=num_atoms,
         constants=_CONSTANTS.data_ptr(),
         indices=indices.data_ptr(),
@@ -123,7 +127,7 @@ def pursue(
         scratch_bytes=scratch_bytes,
         products_offset=products_offset,
     )
-    worker = _pursuit_worker(ELEMENTS[rows.dtype], width, distinct, refit, orthogonal)
+    worker = _pursuit_worker(ELEMENTS[rows.dtype], width, prepared.gram is not None, distinct, refit, orthogonal)
     threads.run(worker, ctypes.addressof(block), num_threads)
     return SparseCodes(indices, coefficients)
 
@@ -150,10 +154,13 @@ def restore(codes: SparseCodes, dictionary: torch.Tensor) -> torch.Tensor:
     return vectors
 
 
-def warm_up(*, width: int, dtype: torch.dtype, distinct=False, refit=False, orthogonal=False) -> float:
+def warm_up(
+    *, width: int, num_atoms: int, dtype: torch.dtype, distinct=False, refit=False, orthogonal=False
+) -> float:  # fmt: skip
     """Compile what these arguments need; gives the milliseconds spent. Safe on a background thread."""
     known = set(jit.compiled())
-    _pursuit_worker(ELEMENTS[dtype], width, distinct or refit or orthogonal, refit, orthogonal)
+    has_gram = num_atoms <= LARGEST_GRAM
+    _pursuit_worker(ELEMENTS[dtype], width, has_gram, distinct or refit or orthogonal, refit, orthogonal)
     _restore_worker(width)
     return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
 
@@ -162,68 +169,81 @@ def warm_up(*, width: int, dtype: torch.dtype, distinct=False, refit=False, orth
 # Kernels
 
 
-def pursuit_worker(element, width, tile_vectors, distinct, refit, orthogonal, source):
+def pursuit_worker(element, width, tile_vectors, has_gram, distinct, refit, orthogonal, source):
     """The kernel that every thread runs: draw groups of eight vectors until none is left."""
+    row_bytes = 4 * padded(width)
 
     def worker(arguments):
         depends_on(source)
         thread = atomic_add(field_address(arguments, "next_thread"), 1)
         sparsity, num_atoms = field(arguments, "sparsity"), field(arguments, "num_atoms")
-        gram, num_vectors = field(arguments, "gram"), field(arguments, "num_vectors")
-        one = field(arguments, "constants")
+        gram, atoms = field(arguments, "gram"), field(arguments, "atoms")
+        num_vectors, constants = field(arguments, "num_vectors"), field(arguments, "constants")
+        # Tables of this thread: [s, 8] numbers, [s, 8] int64, [s, s, 8] numbers
         table_bytes = LANE_BYTES * sparsity
         coefficients = field(arguments, "scratch") + thread * field(arguments, "scratch_bytes")
         changes = coefficients + table_bytes
         half_way = changes + table_bytes
         inverse = half_way + table_bytes
-        chosen = inverse + table_bytes  # int64
+        chosen = inverse + table_bytes
         chosen_gram = chosen + 2 * table_bytes
         lower = chosen_gram + sparsity * table_bytes
         rows = lower + sparsity * table_bytes
-        all_products = (
-            field(arguments, "scratch")
-            + thread * field(arguments, "scratch_bytes")
-            + field(arguments, "products_offset")
-        )
+        all_products = coefficients + field(arguments, "products_offset")
         group = atomic_add(field_address(arguments, "next_item"), 1)
         while group * GROUP_VECTORS < num_vectors:
             first = group * GROUP_VECTORS
             count = min(GROUP_VECTORS, num_vectors - first)
-            stride = field(arguments, "vector_stride")
-            read_rows((field(arguments, "vectors") + first * stride, stride, count, rows, one), element, width, 1)
-            multiply_group((rows, field(arguments, "tiles"), num_atoms, all_products), width, tile_vectors)
+            place = field(arguments, "vectors") + first * field(arguments, "vector_stride")
+            read_rows((place, field(arguments, "vector_stride"), count, rows, constants), element, width, 1)
             for step in range(sparsity):
-                here = LANE_BYTES * step
+                # Orthogonal pursuit changes every coefficient at every step
+                first_change = 0 if orthogonal else max(step - 1, 0)
+                if not has_gram:
+                    for vector in range(count):
+                        for j in range(first_change, step):
+                            atom = atoms + row_bytes * read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
+                            change = read_float(changes + LANE_BYTES * j + 4 * vector)
+                            add_scaled(rows + row_bytes * vector, atom, width, -change)
+                if step == 0 or not has_gram:
+                    multiply_group((rows, field(arguments, "tiles"), num_atoms, all_products), width, tile_vectors)
                 for vector in range(count):
                     products = all_products + 4 * num_atoms * vector
-                    if step == 0:
-                        index = strongest((products, num_atoms))
-                    else:
-                        index = 0
-                        for j in range(0 if orthogonal else step - 1, step):
+                    index = 0
+                    if step > 0 and has_gram:
+                        for j in range(first_change, step):
                             row = gram + 4 * num_atoms * read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
-                            change = changes + LANE_BYTES * j + 4 * vector
-                            index = subtract_row((products, num_atoms, row, change))
+                            index = subtract_row((products, num_atoms, row, changes + LANE_BYTES * j + 4 * vector))
+                    else:
+                        if distinct:
+                            for j in range(step):
+                                other = read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
+                                write_float(products + 4 * other, math.nan)
+                        index = strongest((products, num_atoms))
                     product = read_float(products + 4 * index)
-                    row = gram + 4 * num_atoms * index
-                    write_int64(chosen + 2 * here + 8 * vector, index)
-                    write_int16(field(arguments, "indices") + 2 * ((first + vector) * sparsity + step), index)
-                    write_float(changes + here + 4 * vector, product)
-                    write_float(coefficients + here + 4 * vector, product * (0 if orthogonal else 1))
                     if distinct:
                         write_float(products + 4 * index, math.nan)  # NaN stays NaN and is never the strongest
+                    here = LANE_BYTES * step + 4 * vector
+                    write_int64(chosen + 2 * here, index)
+                    write_int16(field(arguments, "indices") + 2 * ((first + vector) * sparsity + step), index)
+                    write_float(changes + here, product)
+                    write_float(coefficients + here, product * (0 if orthogonal else 1))
                     if refit or orthogonal:
-                        write_float(half_way + here + 4 * vector, product)
+                        write_float(half_way + here, product)
                         for j in range(step + 1):
                             other = read_int64(chosen + 2 * LANE_BYTES * j + 8 * vector)
                             entry = chosen_gram + (step * sparsity + j) * LANE_BYTES + 4 * vector
-                            write_float(entry, read_float(row + 4 * other))
+                            if has_gram:
+                                write_float(entry, read_float(gram + 4 * (num_atoms * index + other)))
+                            else:
+                                atom = atoms + row_bytes * index
+                                score_rows((atoms + row_bytes * other, 0, 1, atom, 0, entry, 0), FP32, width, 1)
                 if orthogonal:
-                    factor_row((step, sparsity, one + 4, chosen_gram, lower, inverse, half_way, coefficients))
+                    factor_row((step, sparsity, constants + 4, chosen_gram, lower, inverse, half_way, coefficients))
                     substitute_back((step + 1, sparsity, lower, inverse, half_way, coefficients, changes))
             if refit and not orthogonal:
                 for j in range(sparsity):
-                    factor_row((j, sparsity, one + 4, chosen_gram, lower, inverse, half_way, coefficients))
+                    factor_row((j, sparsity, constants + 4, chosen_gram, lower, inverse, half_way, coefficients))
                 substitute_back((sparsity, sparsity, lower, inverse, half_way, coefficients, changes))
             for vector in range(count):
                 for j in range(sparsity):
@@ -255,10 +275,10 @@ def restore_worker(width, source):
     return worker
 
 
-def _pursuit_worker(element: int, width: int, distinct: bool, refit: bool, orthogonal: bool) -> int:
+def _pursuit_worker(element: int, width: int, *has: bool) -> int:
     # Sums fill the registers: 32 of sixteen floats with AVX-512, else 16 of eight.
     tile_vectors = GROUP_VECTORS if jit.has_lookups() else 2
-    return jit.kernel(pursuit_worker, element, width, tile_vectors, int(distinct), int(refit), int(orthogonal)).address
+    return jit.kernel(pursuit_worker, element, width, tile_vectors, *map(int, has)).address
 
 
 def _restore_worker(width: int) -> int:
@@ -271,9 +291,13 @@ def _restore_worker(width: int) -> int:
 
 @dataclass
 class _Prepared:
-    """A dictionary filled up with atoms of zeros. Shapes: tiles `[N / 32, W, 32]`, gram `[N, N]`, both fp32."""
+    """A dictionary filled up with atoms of zeros to N, and with channels of zeros to whole vectors.
+
+    Shapes: atoms `[N, padded(W)]`, tiles `[N / 32, W, 32]`, gram `[N, N]`, all fp32.
+    """
 
     version: int  # of the dictionary, which may be written to
+    atoms: torch.Tensor
     tiles: torch.Tensor
     gram: torch.Tensor | None = None
 
@@ -282,20 +306,20 @@ _prepared = WeakTensorKeyDictionary()  # as long as the dictionaries live
 
 
 def _prepare(dictionary: torch.Tensor, gram: torch.Tensor | None) -> _Prepared:
-    """The dictionary's tiles, with `gram` where it can be used as it is, else with one of our own."""
-    version = -1 if dictionary.is_inference() else dictionary._version
+    """The dictionary's tiles, with `gram` where it can be used as it is, else with one of our own or none."""
+    version = -1 if dictionary.is_inference() else dictionary._version  # tensors of inference mode count none
     found = _prepared.get(dictionary)
     if found is None or found.version != version or version == -1:
-        padding = -len(dictionary) % SWEEP_ATOMS
-        atoms = torch.nn.functional.pad(dictionary.detach(), (0, 0, 0, padding))
-        found = _Prepared(version, atoms.view(-1, TILE_ATOMS, atoms.shape[1]).mT.contiguous())
+        num_atoms, width = dictionary.shape
+        padding = (0, padded(width) - width, 0, -num_atoms % SWEEP_ATOMS)
+        atoms = torch.nn.functional.pad(dictionary.detach(), padding).contiguous()
+        found = _Prepared(version, atoms, atoms[:, :width].unflatten(0, (-1, TILE_ATOMS)).mT.contiguous())
         if version != -1:
             _prepared[dictionary] = found
-    if gram is not None and gram.is_contiguous() and len(gram) % SWEEP_ATOMS == 0:
-        return _Prepared(version, found.tiles, gram)
-    if found.gram is None:
-        atoms = found.tiles.mT.flatten(0, 1)
-        found.gram = atoms @ atoms.mT
+    if gram is not None and gram.is_contiguous() and len(gram) == len(found.atoms):
+        return replace(found, gram=gram)
+    if found.gram is None and len(found.atoms) <= LARGEST_GRAM:
+        found.gram = found.atoms @ found.atoms.mT
     return found
 
 

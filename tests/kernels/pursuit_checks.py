@@ -46,6 +46,7 @@ def pursuit_cases() -> list[PursuitCase]:
         PursuitCase("product", num_atoms=1024, sparsity=7, leading=(2, 3, 17)),
         PursuitCase("many_atoms_chosen", num_atoms=300, width=128, sparsity=32, leading=(11,)),
         PursuitCase("more_atoms_than_channels", num_atoms=24, width=8, sparsity=16),
+        PursuitCase("no_gram", num_atoms=2100, width=24, sparsity=5, leading=(13,)),
         PursuitCase("zeros", spread="zeros"),
         PursuitCase("equal_to_atoms", spread="atoms"),
         PursuitCase("huge", spread="huge"),
