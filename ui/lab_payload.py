@@ -98,7 +98,6 @@ def findings(results: "Sequence[CellResult]", limit_bytes: int) -> list[str]:
         said.append(lab_text.only_fits(*pair, limit_bytes))
     if pair := _largest_pair(results, "measured"):
         said.append(lab_text.compared(*pair))
-    said += dict.fromkeys(lab_text.not_served(cell) for cell in results if cell.status == "not served")
     if any(cell.status == "skipped" for cell in results):
         said.append(lab_text.SKIPPED)
     return said

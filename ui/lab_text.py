@@ -49,10 +49,6 @@ def compared(exact, other) -> str:
     )
 
 
-def not_served(cell) -> str:
-    return f"{cell.label}: {cell.note}"
-
-
 CLIENT = {
     "title": "Throughput",
     "subtitle": "decode steps of real batches, measured here and now",
@@ -89,8 +85,7 @@ CLIENT = {
     "empty": "Nothing is measured yet.",
     "empty_hint": "Press Measure: the default choice takes well under a minute on two cores.",
     "conditions": "{subject} · {device} · torch {torch} · {date} · budget {budget}",
-    "attention_only": "Attention only, {measured} × {layers} layers: no weights, no projections, no sampling.",
-    "some_layers": "{n} measured, ",
+    "attention_only": "Attention only: {measured} of {layers} layers measured, times and bytes × {layers} layers.",
     "quantities": {
         "tokens_per_second": "tokens/s",
         "step_ms": "ms a step",

@@ -4,9 +4,11 @@
 KVLens.labFigures = ({ onSave }) => {
   const { make, setText, units, colours } = KVLens;
   const words = KVLens.text.lab;
+  const LEGEND = { showlegend: true, legend: { orientation: "h", x: 0, y: 1.01, yanchor: "bottom", font: { size: 11 } } };
   const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "star"];
-  const view = { quantity: "tokens_per_second", context: null, batch: null };
+  // A context and a batch that nobody picked move on with the measurement.
+  const view = { quantity: "tokens_per_second", context: null, batch: null, picked: { context: null, batch: null } };
   let run = null;
 
   // --- boxes --------------------------------------------------------------------------------------
@@ -72,10 +74,13 @@ KVLens.labFigures = ({ onSave }) => {
     grids.replaceChildren(...run.methods.map((method, index) => {
       const head = make("div", { class: "kv-lab-head" }, make("i", { class: "kv-dot" }), make("b", { text: method.label }),
         make("small", { text: method.most_tokens === null ? "" : KVLens.fill(words.fits, { n: units.count(method.most_tokens) }), title: words.fits_help }));
-      const top_row = make("tr", {}, make("th", { text: "" }), ...run.batch_sizes.map((batch) => make("th", { scope: "col", text: `× ${batch}` })));
+      const heads = make("tr", {}, make("th", { text: "" }), ...run.batch_sizes.map((batch) => make("th", { scope: "col", text: `× ${batch}` })));
       const rows = run.contexts.map((context) => make("tr", {}, make("th", { scope: "row", text: units.context(context) }),
         ...run.batch_sizes.map((batch) => gridCell(index, context, batch, top))));
-      return make("div", { class: "kv-lab-one", style: { "--lane-colour": `var(--kv-method-${method.method})` } }, head, make("table", {}, top_row, ...rows));
+      const own = run.cells.filter((cell) => cell.method === index);
+      const isRefused = own.length > 0 && own.every((cell) => cell.status === "not served");
+      const shown = isRefused ? make("p", { class: "kv-lab-refused", text: [...new Set(own.map((cell) => cell.note))].join(" ") }) : make("table", {}, heads, ...rows);
+      return make("div", { class: "kv-lab-one", style: { "--lane-colour": `var(--kv-method-${method.method})` } }, head, shown);
     }));
   }
   function gridCell(index, context, batch, top) {
@@ -126,11 +131,11 @@ KVLens.labFigures = ({ onSave }) => {
       const level = (cell) => { const count = marks.get(xaxis.of(cell)) || 0; marks.set(xaxis.of(cell), count + 1); return top * (0.05 + 0.07 * count); };
       traces.push({
         type: "scatter", mode: "markers", name: KVLens.escape(name(index)), x: cells.map(xaxis.of), y: cells.map(level),
-        marker: { symbol: "x", size: 10, color: colour(index) }, text: cells.map((cell) => `${words.over}: ${units.bytes(cell.kv_bytes)}`), hovertemplate: "%{text}",
+        marker: { symbol: "x", size: 10, color: colour(index) }, text: cells.map((cell) => `${words.over}: ${units.bytes(cell.kv_bytes)}`), hovertemplate: "%{text}", showlegend: false,
       });
     });
     KVLens.plots.draw(plot, traces, KVLens.plots.layout({
-      margin: { l: 52, r: 12, t: 8, b: 40 },
+      margin: { l: 52, r: 12, t: 30, b: 40 }, ...LEGEND,
       xaxis: logAxis(xaxis.title, numbers, xaxis.show),
       yaxis: KVLens.plots.axis(title + (isAttention() ? words.attention_suffix : ""), { range: [0, top * 1.12], nticks: 6, fixedrange: true }),
     }));
@@ -156,17 +161,17 @@ KVLens.labFigures = ({ onSave }) => {
     for (let power = Math.ceil(range[0]); power <= range[1]; power += 1) ticks.push(10 ** power);
     const ink = colours.css("ink");
     KVLens.plots.draw(overTokens.plot, traces, KVLens.plots.layout({
-      margin: { l: 56, r: 12, t: 8, b: 40 }, hovermode: "closest",
+      margin: { l: 56, r: 12, t: 30, b: 40 }, hovermode: "closest", ...LEGEND,
       xaxis: logAxis(words.tokens_axis, shown, units.context),
-      yaxis: KVLens.plots.axis("", { type: "log", range, tickvals: ticks, ticktext: ticks.map(units.bytes), fixedrange: true }),
+      yaxis: KVLens.plots.axis("", { type: "log", range, tickvals: ticks, ticktext: ticks.map((bytes) => units.bytes(bytes).replace(/\.0+ /, " ")), fixedrange: true }),
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: run.limit_bytes, y1: run.limit_bytes, line: { color: ink, width: 1.25, dash: "dot" } }],
       annotations: [{ text: `${words.budget_line} ${units.bytes(run.limit_bytes)}`, showarrow: false, xref: "paper", x: 0, xanchor: "left", y: Math.log10(run.limit_bytes), yanchor: "bottom", font: { size: 10.5, color: colours.css("muted") } }],
     }));
   }
 
   function drawCharts() {
-    picker(overBatch.pick, words.at_context, run.contexts, view.context, units.context, (context) => { view.context = context; draw(); });
-    picker(overContext.pick, words.at_batch, run.batch_sizes, view.batch, String, (batch) => { view.batch = batch; draw(); });
+    picker(overBatch.pick, words.at_context, run.contexts, view.context, units.context, (context) => { view.picked.context = context; draw(); });
+    picker(overContext.pick, words.at_batch, run.batch_sizes, view.batch, String, (batch) => { view.picked.batch = batch; draw(); });
     lines(overBatch.plot, {
       numbers: run.batch_sizes, pick: (index, batch) => cellAt(index, view.context, batch), title: words.speed_axis, unit: "tok/s",
       value: (cell) => cell.tokens_per_second, low: (cell) => (1000 * cell.batch_size) / cell.step_ms_high, high: (cell) => (1000 * cell.batch_size) / cell.step_ms_low,
@@ -204,8 +209,10 @@ KVLens.labFigures = ({ onSave }) => {
     empty.hidden = hasCells;
     body.hidden = !hasCells;
     if (!hasCells) return;
-    if (!run.contexts.includes(view.context)) view.context = run.contexts[run.contexts.length - 1];
-    if (!run.batch_sizes.includes(view.batch)) view.batch = run.batch_sizes[run.batch_sizes.length - 1];
+    const reached = (column) => Math.max(...run.cells.filter((cell) => cell.status === "measured").map((cell) => cell[column]));
+    const pick = (picked, offered, column) => (offered.includes(picked) ? picked : offered.includes(reached(column)) ? reached(column) : offered[0]);
+    view.context = pick(view.picked.context, run.contexts, "context_tokens");
+    view.batch = pick(view.picked.batch, run.batch_sizes, "batch_size");
     quantity.set(view.quantity);
     const layers = [...new Set(run.cells.map((cell) => cell.measured_layers).filter(Boolean))].sort((a, b) => a - b);
     setText(scope, isAttention() && layers.length ? KVLens.fill(words.attention_only, { measured: layers.length > 1 ? `${layers[0]}–${layers[layers.length - 1]}` : layers[0], layers: run.num_layers }) : "");
