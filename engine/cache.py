@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvlens.engine.atoms import CodedVectors
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError, OutOfMemory
@@ -156,6 +157,10 @@ class KVCache(TransformersCache, ABC):
         """One head as attention sees it, as numpy arrays."""
         tile = self.rebuild(layer, row, 0, self.lengths[layer][row])
         return CacheView(tile.keys[head].float().cpu().numpy(), tile.values[head].float().cpu().numpy())
+
+    def coded_vectors(self, layer: int, side: int, row: int = 0) -> CodedVectors | None:
+        """The coded keys (side 0) or values of a layer as sums of atoms; None for a method without sparse codes."""
+        return None
 
     @property
     def shared_bytes(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from kvlens.engine import atoms
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.cache import Checkpoint, KVCache
 from kvlens.engine.config import MethodConfig
@@ -117,13 +118,15 @@ class Lane:
             log.finish = "end"
 
     def look(self) -> None:
-        """Bring errors and held bytes in the log up to date; not for every token."""
+        """Bring errors, atoms and held bytes in the log up to date; not for every token."""
         footprint = self._cache.footprint()
         self.log.reserved_bytes = footprint.reserved_bytes
         self.log.probe_bytes = footprint.probe_bytes
+        self.log.shared_bytes = footprint.shared_bytes
         self.log.attention_path = self._cache.attention_path
         if self._cache.lengths[0][0]:
             self.log.errors = self._probe.snapshot(self._cache)
+            self.log.atoms = atoms.snapshot(self._cache, self.log.errors)
 
     def free(self) -> None:
         self._cache.free()

@@ -53,12 +53,48 @@ class ErrorSnapshot:
     rebuilt: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class CodedSide:
+    """Keys or values of a layer as sums of atoms: token `first_token + t` is `start + sum of coefficient * atom`.
+
+    With several parts, each part of the channels has atoms of its own; they are added in turn: the first atom of every
+    part, then the second. Keys may be coded before the position is turned into them: `exact` is then what they were
+    before, too. It is NaN where the exact token is not known any more.
+
+    Shapes: indices int32 and coefficients fp32 `[HK, T, s, parts]`; exact `[HK, T, D]`; start `[HK, 1 or T, D]`;
+    remaining `[HK, T, s * parts + 1]`, the norm of what is missing after 0, 1, ... atoms over that of the exact
+    vector; atoms `[N, D / parts]`.
+    """
+
+    first_token: int
+    indices: np.ndarray
+    coefficients: np.ndarray
+    exact: np.ndarray
+    start: np.ndarray
+    remaining: np.ndarray
+    atoms: np.ndarray
+
+
+@dataclass(frozen=True)
+class AtomSnapshot:
+    """What a lane's sparse codes are made of, so far, in the layer under the microscope.
+
+    Shapes: coverage fp32 `[2, L]`: of keys (0) and values (1), the share of a layer's atoms used at least once.
+    """
+
+    probed_layer: int
+    coverage: np.ndarray
+    keys: CodedSide
+    values: CodedSide
+
+
 @dataclass
 class LaneLog:
     """Everything one lane has recorded in one run.
 
     `finish` is None while it runs, then one of "end" (the model ended its answer), "length" (the most
     new tokens were reached), "context" (the context is full), "stopped" (a person stopped it).
+    `shared_bytes` are read by the lane and belong to all conversations: learned dictionaries.
     Units: `prefill_ms` and `first_token_ms` are this lane's own time, without the other lanes' turns.
     """
 
@@ -75,7 +111,9 @@ class LaneLog:
     memory: list[MemorySample] = field(default_factory=list)
     reserved_bytes: int = 0
     probe_bytes: int = 0
+    shared_bytes: int = 0
     errors: ErrorSnapshot | None = None
+    atoms: AtomSnapshot | None = None
     finish: str | None = None
 
     @property
