@@ -61,12 +61,17 @@ class Bench(Protocol):
 
 
 class NetworkBench:
-    """The whole network of a model, by the same forward pass as a chat."""
+    """The whole network of a model, by the same forward pass as a chat.
+
+    A chat's one sequence may take a shorter way than a batch can. Where batches are measured beside it
+    (`has_batches`), it takes the way of the batches, so that batch sizes compare.
+    """
 
     scope = "network"
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, has_batches: bool = False) -> None:
         self.model = model
+        self.has_batches = has_batches
         self.name, self.shape, self.device = model.name, model.shape, model.device
         self.max_context = model.max_context
         self._vocabulary = model.network.get_input_embeddings().num_embeddings
@@ -83,10 +88,9 @@ class NetworkBench:
 
     def step(self, cache: KVCache) -> float:
         rows = [[(7 * (cache.seen_tokens(0) + row) + 3) % self._vocabulary] for row in range(cache.num_rows)]
-        if len(rows) == 1:
-            # A single sequence takes the way that a chat takes, which may be a shorter one.
-            return forward(self.model, cache, rows[0]).milliseconds
-        return forward_batch(self.model, cache, rows).milliseconds
+        if self.has_batches:
+            return forward_batch(self.model, cache, rows).milliseconds
+        return forward(self.model, cache, rows[0]).milliseconds
 
 
 class AttentionBench:

@@ -62,6 +62,10 @@ class Plan:
     limit_bytes: int
 
     @property
+    def has_batches(self) -> bool:
+        return self.batch_sizes[-1] > 1
+
+    @property
     def num_cells(self) -> int:
         return len(self.choices) * len(self.contexts) * len(self.batch_sizes)
 
@@ -82,11 +86,12 @@ class LabRun:
     results: "Sequence[CellResult]" = ()
     scope: str = "network"
     subject: str = ""
+    remark: str = ""
     shape: ModelShape | None = None
     conditions: dict[str, str] = field(default_factory=dict)
 
-    def start(self, bench: "Bench", conditions: dict[str, str]) -> None:
-        self.state, self.conditions = "running", conditions
+    def start(self, bench: "Bench", conditions: dict[str, str], remark: str) -> None:
+        self.state, self.conditions, self.remark = "running", conditions, remark
         self.scope, self.subject, self.shape = bench.scope, bench.name, bench.shape
 
     @property

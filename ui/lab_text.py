@@ -11,6 +11,10 @@ NOTHING_TO_SAVE = "There is nothing measured to save yet. Press Measure first."
 MODEL_LOADING = "The model is loading; the measurement starts by itself."
 NO_MODEL = "No model is loaded. Choose one in the header, or measure a shape."
 SKIPPED = "The time of one measurement was over before its last cells: choose fewer, or run KVLens yourself."
+SAME_WAY = (
+    "Every batch size takes the network's own forward pass here, so that they compare. A chat's single sequence takes "
+    "a shorter way in one native call: measure batch 1 alone to see it."
+)
 SCOPES = {
     "network": "whole decode step of the network",
     "attention": "attention only, per layer × all layers, random tensors",
@@ -69,6 +73,7 @@ CLIENT = {
     "batch_sizes": "Sequences in a batch",
     "budget": "KV budget",
     "budget_auto": "half of what fp16 takes in the largest cell",
+    "budget_whole": "what fp16 takes in this cell",
     "budget_own": "your own figure",
     "budget_reset": "back to automatic",
     "cells": "{n} cells",

@@ -46,11 +46,13 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
   const usable = () => sorted(chosen.contexts).filter((tokens) => tokens <= entry().max_context);
   const numCells = () => chosen.choices.size * usable().length * chosen.batch_sizes.size;
 
+  // Half of the largest cell shows where fp16 runs out; with one size alone it would show nothing else.
+  const hasSizes = () => usable().length * chosen.batch_sizes.size > 1;
   function limitBytes() {
     if (ownBudget !== null) return ownBudget;
     const largest = Math.max(0, ...usable()) * Math.max(0, ...chosen.batch_sizes) * entry().fp16_token_bytes;
     const most = entry().is_shape ? Infinity : offer.bounds.max_bytes;
-    return Math.max(1e6, Math.min(most, Math.round(largest / 2e6) * 1e6));
+    return Math.max(1e6, Math.min(most, Math.ceil(largest / (hasSizes() ? 2e6 : 1e6)) * 1e6));
   }
   function plan() {
     return {
@@ -86,7 +88,7 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
     contexts.replaceChildren(...offer.contexts.map((tokens) => pill(units.context(tokens), chosen.contexts, tokens, tokens > entry().max_context)));
     batches.replaceChildren(...offer.batch_sizes.map((size) => pill(`${size}`, chosen.batch_sizes, size)));
     if (document.activeElement !== budget) budget.value = limitBytes() / 1e6;
-    setText(budgetNote, ownBudget === null ? words.budget_auto : words.budget_own);
+    setText(budgetNote, ownBudget !== null ? words.budget_own : hasSizes() ? words.budget_auto : words.budget_whole);
     automatic.hidden = ownBudget === null;
     for (const box of [subject, budget]) box.disabled = isBusy();
   }

@@ -21,7 +21,7 @@ KVLens.labFigures = ({ onSave }) => {
   const findings = make("ul", { class: "kv-lab-findings" });
   const quantity = KVLens.segments(Object.entries(words.quantities), words.grid, (name) => { view.quantity = name; draw(); });
   const grids = make("div", { class: "kv-lab-grids" });
-  const scope = make("b", { class: "kv-lab-scope" });
+  const scope = make("p", { class: "kv-lab-scope" });
   const grid = panel("grid", words.grid, make("span", { text: words.grid_subtitle }), quantity.root, save);
   grid.append(scope, findings, grids, conditions);
 
@@ -215,7 +215,7 @@ KVLens.labFigures = ({ onSave }) => {
     view.batch = pick(view.picked.batch, run.batch_sizes, "batch_size");
     quantity.set(view.quantity);
     const layers = [...new Set(run.cells.map((cell) => cell.measured_layers).filter(Boolean))].sort((a, b) => a - b);
-    setText(scope, isAttention() && layers.length ? KVLens.fill(words.attention_only, { measured: layers.length > 1 ? `${layers[0]}–${layers[layers.length - 1]}` : layers[0], layers: run.num_layers }) : "");
+    setText(scope, isAttention() && layers.length ? KVLens.fill(words.attention_only, { measured: layers.length > 1 ? `${layers[0]}–${layers[layers.length - 1]}` : layers[0], layers: run.num_layers }) : run.remark || "");
     findings.replaceChildren(...run.findings.map((text) => make("li", { text })));
     const given = run.conditions;
     setText(conditions, given.device ? KVLens.fill(words.conditions, { subject: run.subject, budget: units.bytes(run.limit_bytes), ...given }) : "");

@@ -75,6 +75,7 @@ def test_quantities_contexts_and_the_table_follow_the_buttons(lab):
     page.click(".kv-lab-over-batch .kv-segments >> text=256")
     lab.wait("document.querySelector('.kv-lab-over-batch .kv-lab-plot').data[0].x.length === 2")
     page.click("text=All figures as a table")
+    page.wait_for_selector(".kv-lab-table td")
     rows = page.locator(".kv-lab-table tr").all_inner_texts()
     assert len(rows) == 1 + len(found)
     page.click("text=How this is measured")

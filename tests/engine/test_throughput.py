@@ -30,7 +30,7 @@ def model(tiny_folder):
 
 @pytest.fixture
 def network(model):
-    return NetworkBench(model)
+    return NetworkBench(model, has_batches=True)
 
 
 @pytest.fixture
@@ -79,6 +79,18 @@ def test_a_measured_cell_says_what_it_held_and_how_long_a_step_took(network, can
     assert found.tokens_per_second == pytest.approx(3000 / found.step_ms)
     assert found.measured_layers == found.num_layers == 2
     assert found.attention_path
+
+
+def test_one_sequence_takes_the_way_of_a_chat_unless_batches_stand_beside_it(model, monkeypatch):
+    taken = []
+    for name in ("forward", "forward_batch"):
+        original = getattr(benches, name)
+        monkeypatch.setattr(benches, name, _noting(taken, name, original))
+    results(NetworkBench(model), [Cell(DENSE, 300, 1)])
+    assert set(taken) == {"forward"}
+    taken.clear()
+    results(NetworkBench(model, has_batches=True), plan_cells([DENSE], [300], [1, 2]))
+    assert set(taken) == {"forward_batch"}
 
 
 def test_every_row_of_a_batch_has_its_own_storage(network):
@@ -214,7 +226,7 @@ def test_a_layer_too_large_for_the_lab_is_a_sentence(attention, monkeypatch):
 
 def test_a_random_network_runs_through_the_same_bench():
     model = random_model(SMALL, torch.device("cpu"), torch.float32)
-    found = results(NetworkBench(model), plan_cells([DENSE, KIVI], [300], [2]))
+    found = results(NetworkBench(model, has_batches=True), plan_cells([DENSE, KIVI], [300], [2]))
     assert [one.status for one in found] == ["measured", "measured"]
     assert SMALL.weight_bytes == 2 * model.num_parameters
 
@@ -236,3 +248,13 @@ def test_random_prompts_have_large_key_channels_and_plain_values():
     spread = keys.abs().mean(dim=2)
     assert spread.max() > 4 * spread.median()
     assert values.abs().mean(dim=2).max() < 2
+
+
+def _noting(taken, name, original):
+    """`original`, which notes its name in `taken` when it is called."""
+
+    def call(*given):
+        taken.append(name)
+        return original(*given)
+
+    return call
