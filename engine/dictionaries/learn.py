@@ -45,7 +45,8 @@ class LearnOptions:
     def recipe(self, kind: DictionaryKind, side: str) -> Recipe:
         """How one side of a kind is learned. A value in two parts spends its atoms half on each."""
         sparsity = self.sparsity if side == "keys" else max(1, self.sparsity // kind.value_parts)
-        return Recipe(sparsity, epochs=self.epochs)
+        # The products of all atoms with each other cost a step the same whatever its batch.
+        return Recipe(sparsity, epochs=self.epochs, batch_vectors=max(Recipe.batch_vectors, 2 * kind.num_atoms))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,11 @@ _TOLERANCE = 0.01
 
 
 class MissingDictionary(EngineError):
-    """No dictionary of the wanted kind was learned for this model."""
+    """No dictionary of `kind` was learned for this model. `reason` is the sentence without the command to learn it."""
+
+    def __init__(self, kind: "DictionaryKind", reason: str, command: str) -> None:
+        super().__init__(f"{reason}. Learn it with: {command}")
+        self.kind, self.reason = kind, reason
 
 
 @dataclass(frozen=True)
@@ -267,12 +271,13 @@ class DictionaryStore:
     def find(self, kind: DictionaryKind) -> DictionarySet:
         """The dictionaries of `kind`. Raises: MissingDictionary, whose sentence has the command to learn them."""
         if kind not in self._loaded:
-            stored = [found for found in self._stored() if found.kind == kind]
-            own = [found for found in stored if matches(found.fingerprint, self.fingerprint)]
-            if not own:
-                raise MissingDictionary(self._missing(kind, stored))
-            self._loaded[kind] = own[0].load()
+            self._loaded[kind] = self._own(kind).load()
         return self._loaded[kind]
+
+    def check(self, kind: DictionaryKind) -> None:
+        """Reads no atoms. Raises: MissingDictionary, as `find` would."""
+        if kind not in self._loaded:
+            self._own(kind)
 
     def save(self, dictionaries: DictionarySet) -> Path:
         """Keep a set of this model, in place of an older one of its kind; gives the file."""
@@ -290,15 +295,17 @@ class DictionaryStore:
         """Every readable set in the folders, in their order."""
         return list(stored_sets(self.folders))
 
-    def _missing(self, kind: DictionaryKind, others: Sequence[StoredSet]) -> str:
+    def _own(self, kind: DictionaryKind) -> StoredSet:
+        stored = [found for found in self._stored() if found.kind == kind]
+        own = [found for found in stored if matches(found.fingerprint, self.fingerprint)]
+        if own:
+            return own[0]
         reason = f"{self.model_name} has no dictionary {kind.name} yet"
-        if others:
-            names = ", ".join(sorted({found.model_name for found in others}))
+        if stored:
+            names = ", ".join(sorted({found.model_name for found in stored}))
             reason += f" (the one found is of another model: {names})"
-        return (
-            f"{reason}. Learn it with: python -m kvlens.engine.dictionaries train "
-            f"--model {self.model_name} --kind {kind.name}"
-        )
+        command = f"python -m kvlens.engine.dictionaries train --model {self.model_name} --kind {kind.name}"
+        raise MissingDictionary(kind, reason, command)
 
 
 def stored_sets(folders: Sequence[Path]) -> list[StoredSet]:
