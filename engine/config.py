@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from kvlens.engine.dictionaries.store import DictionaryKind
 from kvlens.engine.shape import ModelShape
 
 
@@ -47,6 +48,11 @@ class MethodConfig:
                 raise ValueError(
                     f"{entry.name} must lie between {rule['minimum']} and {rule['maximum']}; got {value!r}"
                 )
+
+    @property
+    def kind(self) -> DictionaryKind | None:
+        """The learned dictionaries that a cache of these settings reads; None if it reads none."""
+        return None
 
     def check(self, shape: ModelShape) -> None:
         """Raises: ValueError where these settings do not fit the heads of `shape`."""

@@ -31,6 +31,10 @@ class Facts(ABC):
     def dictionary(self, kind: DictionaryKind) -> DictionarySet:
         """The dictionaries of `kind` on the caches' device. Raises: MissingDictionary."""
 
+    def check(self, kind: DictionaryKind) -> None:
+        """Raises: MissingDictionary if there is no dictionary of `kind`."""
+        self.dictionary(kind)
+
     def gram(self, atoms: torch.Tensor) -> torch.Tensor | None:
         """The products of `atoms` with each other, `[N, N]`, computed once; None for a dictionary too large."""
         if len(atoms) > LARGEST_GRAM:
@@ -57,6 +61,9 @@ class ModelFacts(Facts):
     def dictionaries(self) -> DictionaryStore:
         """The dictionaries of this model. Raises: EngineError if none can be tied to it."""
         return DictionaryStore(folders(), fingerprint(self._network), model_name=self._name)
+
+    def check(self, kind: DictionaryKind) -> None:
+        self.dictionaries.check(kind)
 
     def dictionary(self, kind: DictionaryKind) -> DictionarySet:
         stored = self.dictionaries.find(kind)

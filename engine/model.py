@@ -61,7 +61,7 @@ class LoadedModel:
     @cached_property
     def facts(self) -> ModelFacts:
         """What methods may ask of this model beyond its shape."""
-        return ModelFacts(self.network, name=self.name)
+        return ModelFacts(self.network, name="embedded" if self.is_embedded else self.name)
 
     @property
     def cache_dtype(self) -> torch.dtype:

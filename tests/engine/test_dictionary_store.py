@@ -73,9 +73,19 @@ def test_a_set_is_read_once_and_again_after_saving(tmp_path, mark):
 
 def test_what_is_missing_is_said_with_the_command(tmp_path, mark):
     store = DictionaryStore([tmp_path / "absent"], mark, model_name="some/model")
-    with pytest.raises(MissingDictionary, match=r"train --model some/model --kind post-rope-16-v2"):
-        store.find(KIND)
+    for ask in (store.find, store.check):
+        with pytest.raises(MissingDictionary, match=r"train --model some/model --kind post-rope-16-v2") as missing:
+            ask(KIND)
+        assert missing.value.kind == KIND
+        assert missing.value.reason == "some/model has no dictionary post-rope-16-v2 yet"
     assert store.available() == []
+
+
+def test_looking_whether_there_is_a_set_reads_no_atoms(tmp_path, mark):
+    store = DictionaryStore([tmp_path], mark)
+    store.save(make_set())
+    store.check(KIND)
+    assert store._loaded == {}
 
 
 def test_a_set_of_another_model_is_not_used_and_said(tmp_path, mark):
