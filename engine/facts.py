@@ -12,15 +12,9 @@ from kvlens.engine.dictionaries.store import DictionaryKind, DictionarySet, Dict
 from kvlens.engine.rotary import Rotary
 from kvlens.engine.shape import ModelShape
 
-LARGEST_GRAM = 2048
-"""Atoms of the largest dictionary whose products are kept: 16 MiB; beyond it they are computed where needed."""
-
 
 class Facts(ABC):
     """Looked up when first asked for, then kept: most methods ask for nothing."""
-
-    def __init__(self) -> None:
-        self._grams: dict[int, torch.Tensor] = {}
 
     @property
     @abstractmethod
@@ -35,20 +29,11 @@ class Facts(ABC):
         """Raises: MissingDictionary if there is no dictionary of `kind`."""
         self.dictionary(kind)
 
-    def gram(self, atoms: torch.Tensor) -> torch.Tensor | None:
-        """The products of `atoms` with each other, `[N, N]`, computed once; None for a dictionary too large."""
-        if len(atoms) > LARGEST_GRAM:
-            return None
-        if id(atoms) not in self._grams:
-            self._grams[id(atoms)] = atoms @ atoms.T
-        return self._grams[id(atoms)]
-
 
 class ModelFacts(Facts):
     """Those of a loaded model."""
 
     def __init__(self, network: nn.Module, *, name: str) -> None:
-        super().__init__()
         self._network = network
         self._name = name
         self._placed: dict[DictionaryKind, tuple[DictionarySet, DictionarySet]] = {}
@@ -69,7 +54,6 @@ class ModelFacts(Facts):
         stored = self.dictionaries.find(kind)
         # A set that was learned anew replaces the one in use.
         if kind not in self._placed or self._placed[kind][0] is not stored:
-            self._grams.clear()
             self._placed[kind] = stored, stored.to(next(self._network.parameters()).device)
         return self._placed[kind][1]
 
@@ -78,7 +62,6 @@ class StandInFacts(Facts):
     """Of a shape without weights: random dictionaries, the same at every call. For measuring speed and for tests."""
 
     def __init__(self, shape: ModelShape, *, device: torch.device | str = "cpu") -> None:
-        super().__init__()
         self._shape, self._device = shape, device
         self._made: dict[DictionaryKind, DictionarySet] = {}
 

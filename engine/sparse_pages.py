@@ -1,65 +1,12 @@
-"""Keys or values of a layer as sparse codes, in pages: encoded, kept, read back.
-
-It knows pages and codes. Which tokens are coded when, and what attends to them, is the method's.
-"""
+"""Sparse codes of keys or values in pages: kept, and read back. What codes stand for is `sparse_coder`'s."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from kvlens.engine.sparse_coder import SparseRecipe
 from kvlens.engine.storage import PagePool
-from kvlens.kernels.pursuit import PackedAtoms, SparseCodes, pack_atoms, pursue, restore, unpack_atoms
-
-PURSUITS = {
-    "MP": {},
-    "MP + fit": {"refit": True},
-    "OMP": {"orthogonal": True},
-}
-"""The ways to choose atoms, by the name that a person sees, as options of `pursue`."""
-
-
-@dataclass(frozen=True)
-class SparseRecipe:
-    """How vectors of one side become codes.
-
-    `atoms` atoms for each of the `parts` equal parts of a vector; `is_packed`: an atom is one 16-bit word and the
-    vector has one fp16 scale, else an int16 index with an fp16 coefficient.
-    """
-
-    atoms: int
-    parts: int
-    is_packed: bool
-    pursuit: str
-
-    @property
-    def slots(self) -> int:
-        """Atoms of a whole vector."""
-        return self.atoms * self.parts
-
-    @property
-    def word_bytes(self) -> int:
-        """Bytes of a vector's indices, or of its packed atoms."""
-        return 2 * self.slots
-
-    @property
-    def coefficient_bytes(self) -> int:
-        """Bytes of a vector's coefficients, or of its one scale."""
-        return 2 if self.is_packed else 2 * self.slots
-
-    def encode(self, vectors: torch.Tensor, dictionary: torch.Tensor, gram: torch.Tensor | None) -> SparseCodes:
-        """The codes of `vectors`. Shapes: vectors `[HK, t, D]`, dictionary `[N, D / parts]`; codes `[HK, t, slots]`."""
-        cut = vectors.unflatten(-1, (self.parts, -1))
-        codes = pursue(cut, dictionary, sparsity=self.atoms, gram=gram, **PURSUITS[self.pursuit])
-        return SparseCodes(codes.indices.flatten(-2), codes.coefficients.flatten(-2))
-
-    def restore(self, codes: SparseCodes, dictionary: torch.Tensor) -> torch.Tensor:
-        """The vectors that codes stand for, in fp32. Shapes: codes `[..., slots]` → `[..., D]`."""
-        cut = SparseCodes(
-            codes.indices.unflatten(-1, (self.parts, self.atoms)),
-            codes.coefficients.unflatten(-1, (self.parts, self.atoms)),
-        )
-        return restore(cut, dictionary).flatten(-2)
+from kvlens.kernels.pursuit import PackedAtoms, SparseCodes, pack_atoms, unpack_atoms
 
 
 class SparsePages:

@@ -152,6 +152,29 @@ class Ring:
             ring[:, : tokens.shape[1] - head] = tokens[:, head:]
 
 
+def exact_since(ring: Ring, row: int, first: int, before: int, fresh: torch.Tensor) -> torch.Tensor:
+    """Tokens `first`.. of a row: those in the ring, then the fresh ones, which begin at `before`.
+
+    Shapes: `[HK, T, D]`.
+    """
+    if before <= first:
+        return fresh[:, first - before :]
+    return torch.cat([ring.read(row, first, before).to(fresh.dtype), fresh], dim=1)
+
+
+def around(
+    sinks: torch.Tensor, ring: Ring, row: int, packed: torch.Tensor, *, first_exact: int, start: int, stop: int
+) -> torch.Tensor:
+    """Tokens start..stop-1 of a row in fp32, of which `packed` are those between the sinks and `first_exact`.
+
+    Shapes: sinks `[HK, S, D]`, packed `[HK, t, D]`; `[HK, stop - start, D]`.
+    """
+    pieces = [sinks[:, start : min(stop, sinks.shape[1])].float(), packed]
+    if max(start, first_exact) < stop:
+        pieces.append(ring.read(row, max(start, first_exact), stop).float())
+    return torch.cat(pieces, dim=1)
+
+
 class ExactWindow:
     """The exact tokens of one layer: the first `num_sinks` for ever, and rings of the newest.
 

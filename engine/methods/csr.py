@@ -20,23 +20,25 @@ the cache (`shared_bytes`). Atoms of the prompt belong to the conversation and c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
 import torch
 
-from kvlens.engine.cache import KVCache
-from kvlens.engine.config import MethodConfig, setting
+from kvlens.engine.atoms import CodedVectors
+from kvlens.engine.config import setting
 from kvlens.engine.dictionaries.store import DictionaryKind
 from kvlens.engine.errors import EngineError
+from kvlens.engine.paged_cache import PagedCache, PagedConfig
+from kvlens.engine.prompt_atoms import PromptAtoms
 from kvlens.engine.registry import register
-from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.engine.sparse_pages import PURSUITS, SparsePages, SparseRecipe
-from kvlens.engine.storage import ExactWindow, PagePool, PageTable, Ring
+from kvlens.engine.sparse_coder import PURSUITS, SparseCoder, SparseRecipe
+from kvlens.engine.sparse_pages import SparsePages
 from kvlens.kernels import dispatch
 from kvlens.kernels.pursuit import MAX_SPARSITY
-from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast, SparseSide, sparse_attend
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, sparse_attend
 
 PAGE_TOKENS = 64
 
@@ -47,7 +49,7 @@ SPACES = {"after RoPE": "post_rope", "before RoPE": "pre_rope"}
 
 
 @dataclass(frozen=True)
-class CsrConfig(MethodConfig):
+class CsrConfig(PagedConfig):
     """Settings of CSR. The defaults are our compact mode."""
 
     bits: float = setting(
@@ -78,6 +80,14 @@ class CsrConfig(MethodConfig):
         True, label="Means apart",
         help="Most of a key before RoPE is the mean of its head. Taking it out saves atoms; the paper leaves it in.",
     )  # fmt: skip
+    sampled_atoms: int = setting(
+        0, label="Atoms of the prompt", unit="atoms", choices=(0, 128, 256, 1024, 4096),
+        help="Newest vectors of the prompt that become atoms too. They belong to the conversation and cost its bytes.",
+    )  # fmt: skip
+    guard_atoms: int = setting(
+        0, label="Guard", unit="atoms", choices=(0, 128, 256, 1024, 4096),
+        help="Vectors of the prompt that the learned atoms fit worst, as atoms of the conversation.",
+    )  # fmt: skip
     window: int = setting(
         64, label="Window", unit="tokens", minimum=0, maximum=1024, step=16,
         help="How many of the newest tokens stay exact. 0 is the paper.",
@@ -93,15 +103,19 @@ class CsrConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.is_packed and self.num_atoms > PACKED_ATOMS:
+        if self.is_packed and self.num_atoms + self.prompt_atoms > PACKED_ATOMS:
             raise ValueError(
-                f"num_atoms must be at most {PACKED_ATOMS} with coefficients of 6 bits, so that an atom fits 16; "
-                f"got {self.num_atoms}. Choose 16 bits a coefficient or fewer atoms."
+                f"num_atoms, with atoms of the prompt, must be at most {PACKED_ATOMS} where coefficients have 6 bits, "
+                f"so that an atom fits 16; got {self.num_atoms + self.prompt_atoms}. Choose 16 bits or fewer atoms."
             )
 
     @property
     def is_packed(self) -> bool:
         return self.coefficient_bits == 6
+
+    @property
+    def prompt_atoms(self) -> int:
+        return self.sampled_atoms + self.guard_atoms
 
     @property
     def kind(self) -> DictionaryKind:
@@ -118,9 +132,11 @@ class CsrConfig(MethodConfig):
         atoms = (budget - 16) // 16 if self.is_packed else budget // 32
         return SparseRecipe(max(1, ceil(atoms / parts)), parts, self.is_packed, self.pursuit)
 
-    def num_coded(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens are coded; they follow the sinks."""
+    def num_packed_keys(self, num_tokens: int) -> int:
         return max(0, num_tokens - self.num_sinks - self.window) // self.flush * self.flush
+
+    def num_packed_values(self, num_tokens: int) -> int:
+        return self.num_packed_keys(num_tokens)
 
     def check(self, shape: ModelShape) -> None:
         if shape.head_dim % self.value_parts != 0:
@@ -134,7 +150,7 @@ class CsrConfig(MethodConfig):
 
     def estimate(self, shape: ModelShape, num_tokens: int) -> dict[str, int]:
         heads, dim = shape.num_layers * shape.num_kv_heads, shape.head_dim
-        coded, sinks = self.num_coded(num_tokens), min(self.num_sinks, num_tokens)
+        coded, sinks = self.num_packed_keys(num_tokens), min(self.num_sinks, num_tokens)
         sides = self.recipe(dim, 1), self.recipe(dim, self.value_parts)
         words, coefficients = ("codes", "scales") if self.is_packed else ("indices", "coefficients")
         return {
@@ -142,6 +158,7 @@ class CsrConfig(MethodConfig):
             coefficients: heads * coded * sum(side.coefficient_bytes for side in sides),
             "window": heads * dim * (num_tokens - sinks - coded) * 2 * 2,
             "sinks": heads * dim * sinks * 2 * 2,
+            "dictionary": shape.num_layers * self.prompt_atoms * (dim + dim // self.value_parts) * 2 * bool(num_tokens),
             "tables": shape.num_layers * (ceil(coded / PAGE_TOKENS) + 3) * 4,
         }
 
@@ -150,10 +167,10 @@ class CsrConfig(MethodConfig):
         return f"{self.bits:g} bit · N {self.num_atoms} · {self.pursuit} · keys {self.keys}{kept}"
 
 
-def _paper(bits: float) -> CsrConfig:
+def _paper(bits: float, **extra: int) -> CsrConfig:
     return CsrConfig(
         bits=bits, num_atoms=4096, keys="before RoPE", coefficient_bits=16, value_parts=2, pursuit="MP",
-        is_centred=False, window=0, flush=1, num_sinks=0,
+        is_centred=False, window=0, flush=1, num_sinks=0, **extra,
     )  # fmt: skip
 
 
@@ -171,9 +188,10 @@ def _paper(bits: float) -> CsrConfig:
         "CSR-6, 1.5 bit (paper)": _paper(1.5),
         "CSR-8, 2 bit (paper)": _paper(2.0),
         "CSR-16, 4 bit (paper)": _paper(4.0),
+        "CSR-8 with atoms of the prompt (paper)": _paper(2.0, sampled_atoms=256, guard_atoms=256),
     },
 )
-class CsrCache(KVCache):
+class CsrCache(PagedCache):
     """Pages of sparse codes behind an exact window. Shapes of a page: see `SparsePages`."""
 
     config: CsrConfig
@@ -183,69 +201,68 @@ class CsrCache(KVCache):
         if self.facts is None:
             raise EngineError("CSR needs a model's dictionaries; make its cache with LoadedModel.new_cache")
         self._dictionaries = self.facts.dictionary(config.kind)
-        self._keys, self._values = (
-            SparsePages(
-                side, config.recipe(shape.head_dim, parts), num_heads=shape.num_kv_heads, page_tokens=PAGE_TOKENS
-            )
-            for side, parts in (("key", 1), ("value", config.value_parts))
+        self._coders = self._key_coder(), self._value_coder()
+        self._keys, self._values = self._pages = tuple(
+            SparsePages(side, coder.recipe, num_heads=shape.num_kv_heads, page_tokens=PAGE_TOKENS)
+            for side, coder in zip(("key", "value"), self._coders, strict=True)
         )
-        pool = PagePool(self._keys.layout | self._values.layout, allocate=self.allocate, discard=self.discard)
-        self._table = PageTable(shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard)
-        self._layers: list[ExactWindow] = []
+        capacity = config.window + config.flush
+        self._lay_out(
+            self._keys.layout | self._values.layout,
+            page_tokens=PAGE_TOKENS,
+            key_capacity=capacity,
+            value_capacity=capacity,
+        )
         self._layout = SparseLayout(
             PAGE_TOKENS, self._keys.recipe.atoms, self._values.recipe.atoms, config.value_parts, config.coefficient_bits
         )
 
+    def _key_coder(self) -> SparseCoder:
+        config, found = self.config, self._dictionaries
+        rotary = self.facts.rotary if config.is_centred or not config.is_after_rope else None
+        turns = {"turned_means": rotary} if config.is_after_rope else {"unturned": rotary}
+        return SparseCoder(config.recipe(self.shape.head_dim, 1), found.keys, found.key_means, **turns)
+
+    def _value_coder(self) -> SparseCoder:
+        config, found = self.config, self._dictionaries
+        return SparseCoder(config.recipe(self.shape.head_dim, config.value_parts), found.values, found.value_means)
+
     # ------------------------------------------------------------------ storing
 
     def reserve(self, num_tokens: int) -> None:
-        if not self._layers:
-            capacity = self.config.window + self.config.flush
-            self._layers = [
-                ExactWindow(
+        super().reserve(num_tokens)
+        for coder in self._coders:
+            if self.config.prompt_atoms and coder.prompt is None:
+                coder.prompt = PromptAtoms(
+                    self.shape.num_layers,
                     self.num_rows,
-                    self.shape.num_kv_heads,
-                    self.shape.head_dim,
-                    key_capacity=capacity,
-                    value_capacity=capacity,
-                    num_sinks=self.config.num_sinks,
-                    dtype=self.dtype,
+                    coder.learned[0].shape[1],
+                    num_sampled=self.config.sampled_atoms,
+                    num_guarded=self.config.guard_atoms,
                     allocate=self.allocate,
                 )
-                for _ in range(self.shape.num_layers)
-            ]
-        self._table.reserve(ceil(self.config.num_coded(num_tokens) / PAGE_TOKENS))
 
     def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        before = self.lengths[layer][row]
-        after = before + keys.shape[1]
-        state = self._layers[layer]
-        state.write_sinks(row, before, keys, values)
-        coded, due = self.config.num_coded(before), self.config.num_coded(after)
-        keys = self._with_window(state.keys, row, coded, before, keys)
-        values = self._with_window(state.values, row, coded, before, values)
-        if due > coded:
-            self._code(layer, row, coded, keys[:, : due - coded], values[:, : due - coded])
-            keys, values = keys[:, due - coded :], values[:, due - coded :]
-        state.keys.write(row, after - keys.shape[1], keys)
-        state.values.write(row, after - values.shape[1], values)
-        state.set_lengths(row, after, due, due)
+        if self.lengths[layer][row] == 0:
+            for coder, tokens in zip(self._coders, (keys, values), strict=True):
+                coder.learn_prompt(layer, row, tokens)
+        super().store(layer, row, keys, values)
+
+    def _pack(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
+        codes = self._coders[side].encode(layer, row, tokens, self.config.num_sinks + packed)
+        self._pages[side].write(self._table.pool, self._table.of(layer, row), packed, codes)
 
     def step(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
     ) -> torch.Tensor:
-        state, lengths = self._layers[layer], self.lengths[layer]
+        lengths = self.lengths[layer]
         if not self._reads_codes or min(lengths) < self.config.num_sinks:
             return super().step(layer, query, keys, values, scaling=scaling)
-        for row, length in enumerate(lengths):
-            state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
-            state.values.tensor[row, :, length % state.values.capacity] = values[row]
-        state.length.add_(1)
-        exact = ExactTokens(state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length)
-        output = sparse_attend(query, self._past(layer), exact, scaling=scaling).output
-        for row, length in enumerate(lengths):
-            self._flush(layer, row, length, length + 1)
-            lengths[row] = length + 1
+        self._write_window(layer, keys, values)
+        output = sparse_attend(query, self._past(layer), self._exact(layer), scaling=scaling).output
+        for row in range(self.num_rows):
+            lengths[row] += 1
+            self._flush(layer, row, lengths[row])
         return output
 
     def _past(self, layer: int) -> SparsePast:
@@ -256,99 +273,23 @@ class CsrCache(KVCache):
         )
         return SparsePast(self._layout, keys, values, self._table.tensor[layer], state.num_keys)
 
-    def _flush(self, layer: int, row: int, before: int, after: int) -> None:
-        """Code what the step from `before` to `after` tokens has pushed out of the exact window."""
-        coded, due = self.config.num_coded(before), self.config.num_coded(after)
-        if due > coded:
-            state, first = self._layers[layer], self.config.num_sinks
-            at = (row, first + coded, first + due)
-            self._code(layer, row, coded, state.keys.read(*at), state.values.read(*at))
-            state.num_keys[row] = state.num_values[row] = due
-
-    def _with_window(self, ring: Ring, row: int, coded: int, before: int, fresh: torch.Tensor) -> torch.Tensor:
-        """Every exact token that is not a sink: the window, then the fresh ones. Shapes: `[HK, T, D]`."""
-        first = self.config.num_sinks + coded
-        if before <= first:
-            return fresh[:, first - before :]
-        return torch.cat([ring.read(row, first, before).to(fresh.dtype), fresh], dim=1)
-
-    def _code(self, layer: int, row: int, coded: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Code exact tokens behind the `coded` ones. Shapes: keys, values `[HK, t, D]`."""
-        first = self.config.num_sinks + coded
-        keys, values = keys.to(self.dtype), values.to(self.dtype)
-        pages = self._table.of(layer, row)
-        missing = ceil((coded + keys.shape[1]) / PAGE_TOKENS) - len(pages)
-        if missing:
-            self._table.add(layer, row, missing)
-        for side, pages_of, vectors, atoms in (
-            (0, self._keys, self._without_mean(layer, 0, keys, first), self._dictionaries.keys[layer]),
-            (1, self._values, self._without_mean(layer, 1, values, first), self._dictionaries.values[layer]),
-        ):
-            codes = pages_of.recipe.encode(vectors, atoms, self.facts.gram(atoms))
-            pages_of.write(self._table.pool, pages, coded, codes)
-            if self.probe is not None and row == 0:
-                self.probe.stage(layer, side, first, (keys, values)[side])
-
     # ------------------------------------------------------------------ reading
 
-    def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
-        state = self._layers[layer]
-        keys, values = self._restored(layer, row, start, stop)
-        return Tile(
-            self._complete(state.sink_keys[row], state.keys, layer, row, keys, start, stop),
-            self._complete(state.sink_values[row], state.values, layer, row, values, start, stop),
-        )
+    def _unpack(self, layer: int, row: int, side: int, first: int, stop: int) -> torch.Tensor:
+        codes = self._pages[side].read(self._table.pool, self._table.of(layer, row), first, stop)
+        return self._coders[side].restore(layer, row, codes, self.config.num_sinks + first)
 
-    def _restored(self, layer: int, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The coded ones among the tokens start..stop-1, in fp32. Shapes: `[HK, t, D]` each."""
-        sinks, coded = self.config.num_sinks, self.config.num_coded(self.lengths[layer][row])
-        first, last = (min(max(edge - sinks, 0), coded) for edge in (start, stop))
-        pool, pages = self._table.pool, self._table.of(layer, row)
-        keys = self._keys.recipe.restore(self._keys.read(pool, pages, first, last), self._dictionaries.keys[layer])
-        values = self._values.recipe.restore(
-            self._values.read(pool, pages, first, last), self._dictionaries.values[layer]
-        )
-        return self._with_mean(layer, 0, keys, sinks + first), self._with_mean(layer, 1, values, sinks + first)
-
-    def _complete(
-        self, sinks: torch.Tensor, ring: Ring, layer: int, row: int, coded: torch.Tensor, start: int, stop: int
-    ) -> torch.Tensor:
-        """The sinks and the exact tokens around the coded ones among start..stop-1, in fp32."""
-        num_sinks = self.config.num_sinks
-        first_exact = max(start, num_sinks + self.config.num_coded(self.lengths[layer][row]))
-        pieces = [sinks[:, start : min(stop, num_sinks)].float(), coded]
-        if first_exact < stop:
-            pieces.append(ring.read(row, first_exact, stop).float())
-        return torch.cat(pieces, dim=1)
-
-    def _without_mean(self, layer: int, side: int, tokens: torch.Tensor, first: int) -> torch.Tensor:
-        """What is coded of keys (side 0) or values, the first of them token `first`. Shapes: `[HK, t, D]`."""
-        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        tokens, mean = tokens.float(), self._mean(layer, side)
-        if side == 0 and not self.config.is_after_rope:
-            tokens = self.facts.rotary.unrotate(tokens, places)
-        elif side == 0 and mean is not None:
-            mean = self.facts.rotary.rotate(mean.expand(-1, len(places), -1), places)
-        return tokens if mean is None else tokens - mean
-
-    def _with_mean(self, layer: int, side: int, tokens: torch.Tensor, first: int) -> torch.Tensor:
-        """What attention sees of restored keys or values: the way back from `_without_mean`."""
-        places = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        mean = self._mean(layer, side)
-        if side == 0 and self.config.is_after_rope and mean is not None:
-            mean = self.facts.rotary.rotate(mean.expand(-1, len(places), -1), places)
-        tokens = tokens if mean is None else tokens + mean
-        return tokens if side == 1 or self.config.is_after_rope else self.facts.rotary.rotate(tokens, places)
-
-    def _mean(self, layer: int, side: int) -> torch.Tensor | None:
-        """A head's mean, of keys before RoPE. Shapes: `[HK, 1, D]`."""
-        means = (self._dictionaries.key_means, self._dictionaries.value_means)[side]
-        return None if means is None else means[layer].unsqueeze(1)
+    def coded_vectors(self, layer: int, side: int) -> CodedVectors:
+        first, coder = self.config.num_sinks, self._coders[side]
+        coded = self.config.num_packed(side, self.lengths[layer][0])
+        codes = self._pages[side].read(self._table.pool, self._table.of(layer, 0), 0, coded)
+        exact_to_coded = partial(coder.coded, layer, first=first)
+        return CodedVectors(first, codes, coder.recipe.parts, coder.atoms(layer, 0), exact_to_coded)
 
     @property
     def _reads_codes(self) -> bool:
         """Whether attention reads codes as they are, not what they restore."""
-        return self.config.is_after_rope and not self.config.is_centred
+        return self.config.is_after_rope and not self.config.is_centred and not self.config.prompt_atoms
 
     @property
     def attention_path(self) -> str:
@@ -364,54 +305,28 @@ class CsrCache(KVCache):
 
     def parts(self) -> dict[str, int]:
         words, coefficients = ("codes", "scales") if self.config.is_packed else ("indices", "coefficients")
-        live = dict.fromkeys((words, coefficients, "window", "sinks", "tables"), 0)
+        live = dict.fromkeys((words, coefficients, "window", "sinks", "dictionary", "tables"), 0)
         if not self._layers:
             return live
-        pool, exact_token = self._table.pool, self._layers[0].keys.tensor[0, :, 0].nbytes
-        for layer, rows in enumerate(self.lengths):
-            for row, length in enumerate(rows):
-                coded, sinks = self.config.num_coded(length), min(self.config.num_sinks, length)
-                for pages in (self._keys, self._values) if coded else ():
-                    live[words] += pages.words(pool)[0].nbytes * coded // PAGE_TOKENS
-                    live[coefficients] += pages.coefficients(pool)[0].nbytes * coded // PAGE_TOKENS
-                live["window"] += 2 * (length - sinks - coded) * exact_token
-                live["sinks"] += 2 * sinks * exact_token
-                live["tables"] += (len(self._table.of(layer, row)) + 3) * 4
+        self._count_exact(live)
+        pool = self._table.pool
+        for length in (length for rows in self.lengths for length in rows):
+            coded = self.config.num_packed_keys(length)
+            for pages in self._pages if coded else ():
+                live[words] += pages.words(pool)[0].nbytes * coded // PAGE_TOKENS
+                live[coefficients] += pages.coefficients(pool)[0].nbytes * coded // PAGE_TOKENS
+            live["dictionary"] += sum(prompt.row_bytes for prompt in self._prompts()) * bool(length)
         return live
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from (*self._table.pool.tensors.values(), self._table.tensor)
-        for state in self._layers:
-            yield from state.tensors()
-
-    # ------------------------------------------------------------------ going back, and the end
-
-    def save(self) -> Any:
-        return [
-            [
-                tuple(
-                    ring.read(row, self.config.num_sinks + self.config.num_coded(length), length).clone()
-                    for ring in (state.keys, state.values)
-                )
-                if length > self.config.num_sinks
-                else None
-                for row, length in enumerate(self.lengths[layer])
-            ]
-            for layer, state in enumerate(self._layers)
-        ]
-
-    def restore(self, saved: Any, lengths: list[int]) -> None:
-        for layer, rows in enumerate(saved):
-            state = self._layers[layer]
-            for row, window in enumerate(rows):
-                length = lengths[row]
-                coded = self.config.num_coded(length)
-                self._table.cut(layer, row, ceil(coded / PAGE_TOKENS))
-                if window is not None:
-                    for ring, tokens in zip((state.keys, state.values), window, strict=True):
-                        ring.write(row, length - tokens.shape[1], tokens)
-                state.set_lengths(row, length, coded, coded)
+        yield from super().tensors()
+        for prompt in self._prompts():
+            yield from prompt.tensors()
 
     def release(self) -> None:
-        self._table.release()
-        self._layers = []
+        super().release()
+        for coder in self._coders:
+            coder.prompt = None
+
+    def _prompts(self) -> list[PromptAtoms]:
+        return [coder.prompt for coder in self._coders if coder.prompt is not None]

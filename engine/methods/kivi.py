@@ -11,7 +11,7 @@ and so keeps a few more exact; `num_sinks` > 0 keeps the first tokens exact. All
 0 by 0 in the authors' code, are guarded.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvlens.engine.cache import KVCache
-from kvlens.engine.config import MethodConfig, setting
+from kvlens.engine.config import setting
 from kvlens.engine.footprint import CacheView
+from kvlens.engine.paged_cache import PagedCache, PagedConfig
 from kvlens.engine.registry import register
-from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.engine.storage import ExactWindow, PagePool, PageTable, Ring
 from kvlens.kernels import dispatch
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.packed_attend.tasks import step_tasks
@@ -39,7 +37,7 @@ SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class KiviConfig(MethodConfig):
+class KiviConfig(PagedConfig):
     """Settings of KIVI. The defaults are the authors'."""
 
     key_bits: int = setting(2, label="Key bits", unit="bits", choices=(2, 4), help="Bits of a key's code.")
@@ -135,7 +133,7 @@ class KiviConfig(MethodConfig):
         "K 4 bit, V 2 bit": KiviConfig(key_bits=4),
     },
 )
-class KiviCache(KVCache):
+class KiviCache(PagedCache):
     """Pages of codes behind an exact window. Shapes of a page: see `PackedPast`."""
 
     config: KiviConfig
@@ -148,7 +146,7 @@ class KiviCache(KVCache):
         key_groups = (heads, dim, layout.page_tokens // layout.key_group_size)
         value_row = (heads, layout.page_tokens, dim * layout.value_bits // 16)
         value_groups = (heads, layout.page_tokens, dim // layout.value_group_size)
-        pool = PagePool(
+        self._lay_out(
             {
                 "key_codes": (key_row, torch.int16),
                 "key_scale": (key_groups, torch.float16),
@@ -157,49 +155,46 @@ class KiviCache(KVCache):
                 "value_scale": (value_groups, torch.float16),
                 "value_minimum": (value_groups, torch.float16),
             },
-            allocate=self.allocate,
-            discard=self.discard,
+            page_tokens=layout.page_tokens,
+            key_capacity=config.residual_length,
+            value_capacity=config.residual_length + config.value_flush,
         )
-        self._table = PageTable(shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard)
-        self._layers: list[ExactWindow] = []
         self._due_values = np.zeros(self.num_rows, dtype=np.int32)
         self._is_unobserved = False
 
     # ------------------------------------------------------------------ storing
 
-    def reserve(self, num_tokens: int) -> None:
-        if not self._layers:
-            self._allocate_layers()
-        self._table.reserve(self.config.num_packed_keys(num_tokens) // self.layout.page_tokens)
-
-    def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        before = self.lengths[layer][row]
-        after = before + keys.shape[1]
-        state = self._layers[layer]
-        state.write_sinks(row, before, keys, values)
-        keys = self._with_window(state.keys, row, self.config.num_packed_keys(before), before, keys)
-        values = self._with_window(state.values, row, self.config.num_packed_values(before), before, values)
-        keys = self._pack_keys(layer, row, keys, before, after)
-        values = self._pack_values(layer, row, values, before, after)
-        state.keys.write(row, after - keys.shape[1], keys)
-        state.values.write(row, after - values.shape[1], values)
-        self._set_lengths(layer, row, after)
+    def _pack(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
+        """Keys fill whole pages; values go token by token into the pages of the keys."""
+        layout, pages = self.layout, self._table.of(layer, row)
+        if side == 0:
+            rows = tokens.unflatten(1, (-1, layout.page_tokens)).permute(1, 0, 3, 2)
+            first = packed // layout.page_tokens
+            codes = quantize_pack(rows, bits=layout.key_bits, group_size=layout.key_group_size)
+            self._packed("key")[pages[first : first + len(rows)]] = codes
+            return
+        codes, store = (
+            quantize_pack(tokens, bits=layout.value_bits, group_size=layout.value_group_size),
+            self._packed("value"),
+        )
+        done = 0
+        while done < tokens.shape[1]:
+            page, slot = divmod(packed + done, layout.page_tokens)
+            room = min(tokens.shape[1] - done, layout.page_tokens - slot)
+            store[pages[page], :, slot : slot + room] = codes[:, done : done + room]
+            done += room
 
     def step(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
     ) -> torch.Tensor:
-        state, config = self._layers[layer], self.config
         lengths = self.lengths[layer]
-        if min(lengths) < config.num_sinks:
+        if min(lengths) < self.config.num_sinks:
             return super().step(layer, query, keys, values, scaling=scaling)
-        for row, length in enumerate(lengths):
-            state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
-            state.values.tensor[row, :, length % state.values.capacity] = values[row]
-        state.length.add_(1)
+        self._write_window(layer, keys, values)
         output = packed_attend(query, *self._stored(layer), scaling=scaling).output
-        for row, length in enumerate(lengths):
-            self._flush(layer, row, length, length + 1)
-            lengths[row] = length + 1
+        for row in range(self.num_rows):
+            lengths[row] += 1
+            self._flush(layer, row, lengths[row])
         return output
 
     def _stored(self, layer: int) -> tuple[PackedPast, ExactTokens]:
@@ -213,9 +208,7 @@ class KiviCache(KVCache):
             state.num_keys,
             state.num_values,
         )
-        return past, ExactTokens(
-            state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length
-        )
+        return past, self._exact(layer)
 
     def step_key(self) -> Hashable | None:
         if min(self.lengths[0]) < self.config.num_sinks:
@@ -238,9 +231,8 @@ class KiviCache(KVCache):
         super().end_tasks()
         self._is_unobserved = self.probe is not None
         for row, after in enumerate(self.lengths[0]):
-            if self.config.num_packed_keys(after) > self.config.num_packed_keys(after - 1):
-                for layer in range(self.shape.num_layers):
-                    self._flush_keys(layer, row, after - 1, after)
+            for layer in range(self.shape.num_layers):
+                self._flush_side(layer, row, 0, after)
 
     def observe(self) -> None:
         """The values that the tasks packed are still in the ring."""
@@ -252,115 +244,20 @@ class KiviCache(KVCache):
         first = self.config.num_sinks + packed
         for layer in range(self.shape.num_layers if due > packed else 0):
             block = self._layers[layer].values.read(0, first, first + due - packed)
-            self._observe(layer, 0, 1, first, block)
-
-    def _flush(self, layer: int, row: int, before: int, after: int) -> None:
-        """Pack what the step from `before` to `after` tokens has pushed out of the exact window."""
-        state, sinks = self._layers[layer], self.config.num_sinks
-        self._flush_keys(layer, row, before, after)
-        packed, due = self.config.num_packed_values(before), self.config.num_packed_values(after)
-        if due > packed:
-            self._pack_values(layer, row, state.values.read(row, sinks + packed, sinks + due), before, after)
-            state.num_values[row] = due
-
-    def _flush_keys(self, layer: int, row: int, before: int, after: int) -> None:
-        state, sinks = self._layers[layer], self.config.num_sinks
-        packed, due = self.config.num_packed_keys(before), self.config.num_packed_keys(after)
-        if due > packed:
-            self._pack_keys(layer, row, state.keys.read(row, sinks + packed, sinks + due), before, after)
-            state.num_keys[row] = due
-
-    def _with_window(self, ring: Ring, row: int, num_packed: int, before: int, fresh: torch.Tensor) -> torch.Tensor:
-        """Every exact token that is not a sink: the window, then the fresh ones. Shapes: `[HK, T, D]`."""
-        first = self.config.num_sinks + num_packed
-        if before <= first:
-            return fresh[:, first - before :]
-        return torch.cat([ring.read(row, first, before).to(fresh.dtype), fresh], dim=1)
-
-    def _pack_keys(self, layer: int, row: int, keys: torch.Tensor, before: int, after: int) -> torch.Tensor:
-        """Pack the keys due when `after` tokens are stored; `keys` begins at the first exact one. Gives the rest."""
-        packed, due = self.config.num_packed_keys(before), self.config.num_packed_keys(after)
-        count = due - packed
-        if count == 0:
-            return keys
-        block = keys[:, :count].to(self.dtype)
-        pages = self._table.add(layer, row, count // self.layout.page_tokens)
-        rows = block.unflatten(1, (-1, self.layout.page_tokens)).permute(1, 0, 3, 2)
-        codes = quantize_pack(rows, bits=self.layout.key_bits, group_size=self.layout.key_group_size)
-        self._packed("key")[pages] = codes
-        self._observe(layer, row, 0, self.config.num_sinks + packed, block)
-        return keys[:, count:]
-
-    def _pack_values(self, layer: int, row: int, values: torch.Tensor, before: int, after: int) -> torch.Tensor:
-        """The same for values, which are packed token by token into the pages of the keys."""
-        packed, due = self.config.num_packed_values(before), self.config.num_packed_values(after)
-        count = due - packed
-        if count == 0:
-            return values
-        block = values[:, :count].to(self.dtype)
-        codes = quantize_pack(block, bits=self.layout.value_bits, group_size=self.layout.value_group_size)
-        pages, store = self._table.of(layer, row), self._packed("value")
-        done = 0
-        while done < count:
-            page, slot = divmod(packed + done, self.layout.page_tokens)
-            room = min(count - done, self.layout.page_tokens - slot)
-            store[pages[page], :, slot : slot + room] = codes[:, done : done + room]
-            done += room
-        self._observe(layer, row, 1, self.config.num_sinks + packed, block)
-        return values[:, count:]
-
-    def _observe(self, layer: int, row: int, side: int, first_token: int, exact: torch.Tensor) -> None:
-        if self.probe is not None and row == 0:
-            self.probe.stage(layer, side, first_token, exact)
+            self._observe(layer, 0, 1, packed, block)
 
     # ------------------------------------------------------------------ reading
 
-    def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
-        state, length, config = self._layers[layer], self.lengths[layer][row], self.config
-        keys = self._rebuild_side(
-            state.sink_keys[row], state.keys, row, self._packed_keys(layer, row, start, stop),
-            config.num_packed_keys(length), start, stop,
-        )  # fmt: skip
-        values = self._rebuild_side(
-            state.sink_values[row], state.values, row, self._packed_values(layer, row, start, stop),
-            config.num_packed_values(length), start, stop,
-        )  # fmt: skip
-        return Tile(keys, values)
-
-    def _rebuild_side(
-        self, sinks: torch.Tensor, ring: Ring, row: int, packed: torch.Tensor, num_packed: int,
-        start: int, stop: int,
-    ) -> torch.Tensor:  # fmt: skip
-        num_sinks = self.config.num_sinks
-        first_exact = max(start, num_sinks + num_packed)
-        pieces = [sinks[:, start : min(stop, num_sinks)].float(), packed]
-        if first_exact < stop:
-            pieces.append(ring.read(row, first_exact, stop).float())
-        return torch.cat(pieces, dim=1)
-
-    def _packed_keys(self, layer: int, row: int, start: int, stop: int) -> torch.Tensor:
-        """The packed ones among the keys start..stop-1, in fp32. Shapes: `[HK, t, D]`."""
-        count = self.config.num_packed_keys(self.lengths[layer][row])
-        pages, first, last = self._page_range(layer, row, count, start, stop)
-        rows = dequantize(self._packed("key")[pages], bits=self.layout.key_bits, group_size=self.layout.key_group_size)
-        return rows.permute(1, 0, 3, 2).flatten(1, 2)[:, first:last]
-
-    def _packed_values(self, layer: int, row: int, start: int, stop: int) -> torch.Tensor:
-        count = self.config.num_packed_values(self.lengths[layer][row])
-        pages, first, last = self._page_range(layer, row, count, start, stop)
-        rows = dequantize(
-            self._packed("value")[pages], bits=self.layout.value_bits, group_size=self.layout.value_group_size
-        )
-        return rows.transpose(0, 1).flatten(1, 2)[:, first:last]
-
-    def _page_range(self, layer: int, row: int, num_packed: int, start: int, stop: int) -> tuple[list[int], int, int]:
-        """Pages that hold the packed ones among tokens start..stop-1, and where these lie in them."""
-        first = min(max(start - self.config.num_sinks, 0), num_packed)
-        last = min(max(stop - self.config.num_sinks, 0), num_packed)
-        page_tokens = self.layout.page_tokens
-        skipped = first // page_tokens
-        pages = self._table.of(layer, row)[skipped : -(-last // page_tokens)] if last > first else []
-        return pages, first - skipped * page_tokens, last - skipped * page_tokens
+    def _unpack(self, layer: int, row: int, side: int, first: int, stop: int) -> torch.Tensor:
+        layout = self.layout
+        skipped = first // layout.page_tokens
+        pages = self._table.of(layer, row)[skipped : -(-stop // layout.page_tokens)] if stop > first else []
+        at = slice(first - skipped * layout.page_tokens, stop - skipped * layout.page_tokens)
+        if side == 0:
+            rows = dequantize(self._packed("key")[pages], bits=layout.key_bits, group_size=layout.key_group_size)
+            return rows.permute(1, 0, 3, 2).flatten(1, 2)[:, at]
+        rows = dequantize(self._packed("value")[pages], bits=layout.value_bits, group_size=layout.value_group_size)
+        return rows.transpose(0, 1).flatten(1, 2)[:, at]
 
     def view(self, layer: int, head: int, row: int = 0) -> CacheView:
         exact = super().view(layer, head, row)
@@ -389,81 +286,17 @@ class KiviCache(KVCache):
         live = dict.fromkeys(("codes", "scales", "window", "sinks", "tables"), 0)
         if not self._layers:
             return live
+        self._count_exact(live)
         tensors, page = self._table.pool.tensors, self.layout.page_tokens
-        exact_token = self._layers[0].keys.tensor[0, :, 0].nbytes
-        for layer, rows in enumerate(self.lengths):
-            for row, length in enumerate(rows):
-                keys, values = self.config.num_packed_keys(length), self.config.num_packed_values(length)
-                sinks = min(self.config.num_sinks, length)
-                for side, count in (("key", keys), ("value", values)):
-                    codes, scale = tensors[f"{side}_codes"], tensors[f"{side}_scale"]
-                    live["codes"] += codes[0].nbytes * count // page if count else 0
-                    live["scales"] += 2 * scale[0].nbytes * count // page if count else 0
-                live["window"] += (2 * (length - sinks) - keys - values) * exact_token
-                live["sinks"] += 2 * sinks * exact_token
-                live["tables"] += (len(self._table.of(layer, row)) + 3) * 4
+        for length in (length for rows in self.lengths for length in rows):
+            for side, name in enumerate(("key", "value")):
+                count, scale = self.config.num_packed(side, length), tensors[f"{name}_scale"]
+                live["codes"] += tensors[f"{name}_codes"][0].nbytes * count // page if count else 0
+                live["scales"] += 2 * scale[0].nbytes * count // page if count else 0
         return live
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        yield from (*self._table.pool.tensors.values(), self._table.tensor)
-        for state in self._layers:
-            yield from state.tensors()
-
-    # ------------------------------------------------------------------ going back, and the end
-
-    def save(self) -> Any:
-        sinks = self.config.num_sinks
-        return [
-            [
-                (
-                    state.keys.read(row, sinks + self.config.num_packed_keys(length), length).clone(),
-                    state.values.read(row, sinks + self.config.num_packed_values(length), length).clone(),
-                )
-                if length > sinks
-                else None
-                for row, length in enumerate(self.lengths[layer])
-            ]
-            for layer, state in enumerate(self._layers)
-        ]
-
-    def restore(self, saved: Any, lengths: list[int]) -> None:
-        for layer, rows in enumerate(saved):
-            state = self._layers[layer]
-            for row, window in enumerate(rows):
-                length = lengths[row]
-                kept = self.config.num_packed_keys(length) // self.layout.page_tokens
-                self._table.cut(layer, row, kept)
-                if window is not None:
-                    keys, values = window
-                    state.keys.write(row, length - keys.shape[1], keys)
-                    state.values.write(row, length - values.shape[1], values)
-                self._set_lengths(layer, row, length)
-
-    def release(self) -> None:
-        self._table.release()
-        self._layers = []
 
     # ------------------------------------------------------------------ inside
 
     def _packed(self, side: str) -> Packed:
         tensors = self._table.pool.tensors
         return Packed(tensors[f"{side}_codes"], tensors[f"{side}_scale"], tensors[f"{side}_minimum"])
-
-    def _allocate_layers(self) -> None:
-        self._layers = [
-            ExactWindow(
-                self.num_rows,
-                self.shape.num_kv_heads,
-                self.shape.head_dim,
-                key_capacity=self.config.residual_length,
-                value_capacity=self.config.residual_length + self.config.value_flush,
-                num_sinks=self.config.num_sinks,
-                dtype=self.dtype,
-                allocate=self.allocate,
-            )
-            for _ in range(self.shape.num_layers)
-        ]
-
-    def _set_lengths(self, layer: int, row: int, length: int) -> None:
-        keys, values = self.config.num_packed_keys(length), self.config.num_packed_values(length)
-        self._layers[layer].set_lengths(row, length, keys, values)

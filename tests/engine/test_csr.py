@@ -90,7 +90,7 @@ def test_the_paper_mode_keeps_nothing_exact_after_a_step():
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMALL], ids=["128", "64"])
 def test_the_compact_mode_holds_its_budget_with_the_scale_counted(preset, shape):
     config = COMPACT[preset]
-    coded = config.num_coded(4000)
+    coded = config.num_packed_keys(4000)
     parts = config.estimate(shape, 4000)
     bits = 8 * (parts["codes"] + parts["scales"]) / (coded * shape.values_per_token)
     assert bits == config.bits
@@ -99,7 +99,7 @@ def test_the_compact_mode_holds_its_budget_with_the_scale_counted(preset, shape)
 def test_the_compact_mode_keeps_sinks_and_window_exact_and_codes_in_blocks():
     config = CsrConfig(window=16, flush=8, num_sinks=3, num_atoms=256)
     cache, keys, values = filled(config, 50)
-    coded = config.num_coded(50)
+    coded = config.num_packed_keys(50)
     assert coded == (50 - 3 - 16) // 8 * 8
     tile = cache.rebuild(0, 0, 0, 50)
     for exact, rebuilt in ((keys, tile.keys), (values, tile.values)):
@@ -126,13 +126,26 @@ def test_dictionaries_count_beside_the_cache():
     atoms, means = 2 * 512 * 64, 2 * SMALL.num_kv_heads * 64
     assert cache.shared_bytes == 4 * (atoms + means)
     assert cache.footprint().shared_bytes == cache.shared_bytes
-    assert "dictionary" not in cache.parts()
+    assert cache.parts()["dictionary"] == 0
+
+
+def test_atoms_of_the_prompt_count_in_the_cache_and_lower_its_error():
+    plain = PAPER["CSR-8, 2 bit (paper)"]
+    own = PRESETS["CSR-8 with atoms of the prompt (paper)"]
+    errors = []
+    for config in (plain, own):
+        torch.manual_seed(5)
+        cache, keys, _ = filled(config, 60)
+        errors.append((cache.rebuild(0, 0, 0, 60).keys - keys.float()).square().sum().item())
+    # 120 vectors of keys fit the 512 places, so each may become an atom: hardly anything is left to lose.
+    assert errors[1] < 0.01 * errors[0]
+    assert cache.parts()["dictionary"] == 512 * (64 + 32) * 2 == own.estimate(SMALL, 60)["dictionary"]
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"num_atoms": 2048}, "num_atoms must be at most 1024"),
+        ({"num_atoms": 2048}, "must be at most 1024"),
         ({"bits": 2.5}, "bits must be one of"),
         ({"keys": "sideways"}, "keys must be one of"),
     ],

@@ -147,7 +147,7 @@ def test_methods_are_listed_with_what_the_page_draws():
         for field in entry.config.__dataclass_fields__.values():
             assert field.metadata["label"]
             assert field.metadata["help"]
-    with pytest.raises(ValueError, match="method must be one of dense, kivi"):
+    with pytest.raises(ValueError, match="method must be one of dense, csr, kivi"):
         method("magic")
 
 

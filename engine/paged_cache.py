@@ -1,0 +1,209 @@
+"""A cache of packed pages between exact sinks and an exact window: what KIVI, CSR and their like have in common.
+
+A sequence is `sinks exact tokens | packed pages | exact window`. How a token is packed, and what attends to it, is
+the method's; where it lies, what is due, going back and giving back is here. What is packed is a pure
+function of the length: bytes are a formula, and going back is cutting lists.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+import torch
+
+from kvlens.engine.cache import KVCache
+from kvlens.engine.config import MethodConfig
+from kvlens.engine.segments import Tile
+from kvlens.engine.storage import ExactWindow, PagePool, PageTable, around, exact_since
+from kvlens.kernels.exact_tokens import ExactTokens
+
+
+class PagedConfig(MethodConfig):
+    """Settings of a paged cache. `num_sinks` first tokens stay exact; packed tokens follow them."""
+
+    num_sinks: int
+
+    def num_packed_keys(self, num_tokens: int) -> int:
+        """How many keys of `num_tokens` tokens are packed."""
+        raise NotImplementedError
+
+    def num_packed_values(self, num_tokens: int) -> int:
+        """How many values of `num_tokens` tokens are packed."""
+        raise NotImplementedError
+
+    def num_packed(self, side: int, num_tokens: int) -> int:
+        """The same for keys (side 0) or values (side 1)."""
+        return self.num_packed_values(num_tokens) if side else self.num_packed_keys(num_tokens)
+
+
+class PagedCache(KVCache):
+    """Pages behind exact windows. A method calls `_lay_out` when it is made, and implements the rest."""
+
+    config: PagedConfig
+
+    def _lay_out(
+        self,
+        page: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        *,
+        page_tokens: int,
+        key_capacity: int,
+        value_capacity: int,
+    ) -> None:
+        """Say what a page holds (see `PagePool`) and how many exact tokens the windows must take."""
+        pool = PagePool(page, allocate=self.allocate, discard=self.discard)
+        self._table = PageTable(
+            self.shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard
+        )
+        self._page_tokens = page_tokens
+        self._capacities = {"key_capacity": key_capacity, "value_capacity": value_capacity}
+        self._layers: list[ExactWindow] = []
+
+    @abstractmethod
+    def _pack(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
+        """Pack exact keys (side 0) or values behind the `packed` ones. Shapes: tokens `[HK, t, D]`."""
+
+    @abstractmethod
+    def _unpack(self, layer: int, row: int, side: int, first: int, stop: int) -> torch.Tensor:
+        """Packed keys or values first..stop-1, in fp32, as attention sees them. Shapes: `[HK, stop - first, D]`."""
+
+    # ------------------------------------------------------------------ storing
+
+    def reserve(self, num_tokens: int) -> None:
+        if not self._layers:
+            self._layers = [
+                ExactWindow(
+                    self.num_rows,
+                    self.shape.num_kv_heads,
+                    self.shape.head_dim,
+                    num_sinks=self.config.num_sinks,
+                    dtype=self.dtype,
+                    allocate=self.allocate,
+                    **self._capacities,
+                )
+                for _ in range(self.shape.num_layers)
+            ]
+        self._table.reserve(self._num_pages(num_tokens))
+
+    def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        before = self.lengths[layer][row]
+        after = before + keys.shape[1]
+        state = self._layers[layer]
+        state.write_sinks(row, before, keys, values)
+        for side, (ring, fresh) in enumerate(((state.keys, keys), (state.values, values))):
+            packed, due = (self.config.num_packed(side, length) for length in (before, after))
+            exact = exact_since(ring, row, self.config.num_sinks + packed, before, fresh)
+            if due > packed:
+                self._pack_and_observe(layer, row, side, packed, exact[:, : due - packed].to(self.dtype))
+            ring.write(row, self.config.num_sinks + due, exact[:, due - packed :])
+        self._set_lengths(layer, row, after)
+
+    def _flush(self, layer: int, row: int, after: int) -> None:
+        """Pack what the step to `after` tokens has pushed out of the exact window."""
+        for side in range(2):
+            self._flush_side(layer, row, side, after)
+
+    def _flush_side(self, layer: int, row: int, side: int, after: int) -> None:
+        packed, due = (self.config.num_packed(side, length) for length in (after - 1, after))
+        if due > packed:
+            state, sinks = self._layers[layer], self.config.num_sinks
+            ring, counts = ((state.keys, state.num_keys), (state.values, state.num_values))[side]
+            self._pack_and_observe(layer, row, side, packed, ring.read(row, sinks + packed, sinks + due))
+            counts[row] = due
+
+    def _pack_and_observe(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
+        missing = ceil((packed + tokens.shape[1]) / self._page_tokens) - len(self._table.of(layer, row))
+        if missing > 0:
+            self._table.add(layer, row, missing)
+        self._pack(layer, row, side, packed, tokens)
+        self._observe(layer, row, side, packed, tokens)
+
+    def _observe(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
+        if self.probe is not None and row == 0:
+            self.probe.stage(layer, side, self.config.num_sinks + packed, tokens)
+
+    def _write_window(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One more exact token of each row, which `lengths` does not count yet. Shapes: `[B, HK, D]`."""
+        state = self._layers[layer]
+        for row, length in enumerate(self.lengths[layer]):
+            state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
+            state.values.tensor[row, :, length % state.values.capacity] = values[row]
+        state.length.add_(1)
+
+    # ------------------------------------------------------------------ reading
+
+    def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
+        state, length, sinks = self._layers[layer], self.lengths[layer][row], self.config.num_sinks
+        sides = ((state.sink_keys, state.keys), (state.sink_values, state.values))
+        tokens = []
+        for side, (first_tokens, ring) in enumerate(sides):
+            packed = self.config.num_packed(side, length)
+            first, last = (min(max(edge - sinks, 0), packed) for edge in (start, stop))
+            rebuilt = self._unpack(layer, row, side, first, last)
+            tokens.append(
+                around(first_tokens[row], ring, row, rebuilt, first_exact=sinks + packed, start=start, stop=stop)
+            )
+        return Tile(*tokens)
+
+    def _exact(self, layer: int) -> ExactTokens:
+        """The exact tokens of a layer as kernels take them."""
+        state = self._layers[layer]
+        return ExactTokens(state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length)
+
+    # ------------------------------------------------------------------ bytes
+
+    def _count_exact(self, live: dict[str, int]) -> None:
+        """Add window, sinks and tables of everything stored to `live`."""
+        exact_token = self._layers[0].keys.tensor[0, :, 0].nbytes
+        for layer, rows in enumerate(self.lengths):
+            for row, length in enumerate(rows):
+                sinks = min(self.config.num_sinks, length)
+                packed = sum(self.config.num_packed(side, length) for side in range(2))
+                live["window"] += (2 * (length - sinks) - packed) * exact_token
+                live["sinks"] += 2 * sinks * exact_token
+                live["tables"] += (len(self._table.of(layer, row)) + 3) * 4
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from (*self._table.pool.tensors.values(), self._table.tensor)
+        for state in self._layers:
+            yield from state.tensors()
+
+    # ------------------------------------------------------------------ going back, and the end
+
+    def save(self) -> Any:
+        sinks = self.config.num_sinks
+        return [
+            [
+                tuple(
+                    ring.read(row, sinks + self.config.num_packed(side, length), length).clone()
+                    for side, ring in enumerate((state.keys, state.values))
+                )
+                if length > sinks
+                else None
+                for row, length in enumerate(self.lengths[layer])
+            ]
+            for layer, state in enumerate(self._layers)
+        ]
+
+    def restore(self, saved: Any, lengths: list[int]) -> None:
+        for layer, rows in enumerate(saved):
+            state = self._layers[layer]
+            for row, window in enumerate(rows):
+                self._table.cut(layer, row, self._num_pages(lengths[row]))
+                for ring, tokens in zip((state.keys, state.values), window or (), strict=False):
+                    ring.write(row, lengths[row] - tokens.shape[1], tokens)
+                self._set_lengths(layer, row, lengths[row])
+
+    def release(self) -> None:
+        self._table.release()
+        self._layers = []
+
+    # ------------------------------------------------------------------ inside
+
+    def _num_pages(self, num_tokens: int) -> int:
+        most = max(self.config.num_packed(side, num_tokens) for side in range(2))
+        return ceil(most / self._page_tokens)
+
+    def _set_lengths(self, layer: int, row: int, length: int) -> None:
+        packed = (self.config.num_packed(side, length) for side in range(2))
+        self._layers[layer].set_lengths(row, length, *packed)
