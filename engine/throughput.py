@@ -28,6 +28,9 @@ MIN_TIMED_STEPS = 8
 CELL_SECONDS = 1.5
 """A slow cell takes fewer steps: after this long the least number of them is enough."""
 
+FILL_TOKENS = 8192
+"""Tokens of all sequences that one piece of a prompt has: a stop takes effect between pieces."""
+
 MIN_CONTEXT = 2 * (WARM_UP_STEPS + TIMED_STEPS)
 
 
@@ -98,15 +101,17 @@ class FilledCell:
         self.cache = bench.new_cache(cell, MemoryBudget(limit_bytes, within=within))
 
     def fill(self) -> Iterator[None]:
-        """Append and pack a random prompt, layer by layer. Every row of the batch stores its own."""
+        """Append and pack a random prompt, piece by piece. Every row of the batch stores its own."""
         cell, cache = self.cell, self.cache
         cache.reserve(cell.context_tokens)
         num_tokens = cell.context_tokens - WARM_UP_STEPS - TIMED_STEPS
         keys, values = random_prompt(cache.shape, num_tokens, dtype=cache.dtype, device=cache.device)
+        chunk = max(1, FILL_TOKENS // cell.batch_size)
         for layer in range(cache.shape.num_layers):
-            cache.append(layer, *(side.expand(cell.batch_size, -1, -1, -1) for side in (keys, values)))
-            cache.end_prefill()
-            yield
+            for pieces in zip(keys.split(chunk, dim=2), values.split(chunk, dim=2), strict=True):
+                cache.append(layer, *(piece.expand(cell.batch_size, -1, -1, -1) for piece in pieces))
+                cache.end_prefill()
+                yield
         self._fill_ms = 1000 * (time.perf_counter() - self._begin)
 
     @property

@@ -105,8 +105,8 @@ KVLens.labFigures = ({ onSave }) => {
     choice.set(current);
     box.replaceChildren(make("span", { text: label }), choice.root);
   }
-  const logAxis = (title, numbers, show) => KVLens.plots.axis(title, {
-    type: "log", tickvals: numbers, ticktext: numbers.map(show), fixedrange: true,
+  const logAxis = (title, numbers, show, ticks = numbers) => KVLens.plots.axis(title, {
+    type: "log", tickvals: ticks, ticktext: ticks.map(show), fixedrange: true,
     range: [Math.log10(numbers[0] / 1.35), Math.log10(numbers[numbers.length - 1] * 1.35)],
   });
 
@@ -162,7 +162,7 @@ KVLens.labFigures = ({ onSave }) => {
     const ink = colours.css("ink");
     KVLens.plots.draw(overTokens.plot, traces, KVLens.plots.layout({
       margin: { l: 56, r: 12, t: 30, b: 40 }, hovermode: "closest", ...LEGEND,
-      xaxis: logAxis(words.tokens_axis, shown, units.context),
+      xaxis: logAxis(words.tokens_axis, all, units.context, shown),
       yaxis: KVLens.plots.axis("", { type: "log", range, tickvals: ticks, ticktext: ticks.map((bytes) => units.bytes(bytes).replace(/\.0+ /, " ")), fixedrange: true }),
       shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: run.limit_bytes, y1: run.limit_bytes, line: { color: ink, width: 1.25, dash: "dot" } }],
       annotations: [{ text: `${words.budget_line} ${units.bytes(run.limit_bytes)}`, showarrow: false, xref: "paper", x: 0, xanchor: "left", y: Math.log10(run.limit_bytes), yanchor: "bottom", font: { size: 10.5, color: colours.css("muted") } }],

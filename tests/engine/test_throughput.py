@@ -93,6 +93,18 @@ def test_one_sequence_takes_the_way_of_a_chat_unless_batches_stand_beside_it(mod
     assert set(taken) == {"forward_batch"}
 
 
+@pytest.mark.parametrize("candidate", [DENSE, KIVI], ids=lambda one: one.label)
+def test_a_prompt_in_pieces_is_stored_as_one_in_a_piece(network, monkeypatch, candidate):
+    tiles = []
+    for size in (10**6, 100):
+        monkeypatch.setattr(throughput, "FILL_TOKENS", size)
+        filled = FilledCell(network, Cell(candidate, 300, 2))
+        assert len(list(filled.fill())) == 2 * (1 if size > 1000 else 6)
+        tiles.append(filled.cache.rebuild(1, 1, 0, 300 - 14))
+    torch.testing.assert_close(tiles[0].keys, tiles[1].keys, atol=0, rtol=0)
+    torch.testing.assert_close(tiles[0].values, tiles[1].values, atol=0, rtol=0)
+
+
 def test_every_row_of_a_batch_has_its_own_storage(network):
     filled = FilledCell(network, Cell(KIVI, 300, 3))
     for _ in filled.fill():
