@@ -29,7 +29,7 @@ from kvlens.engine.facts import Facts
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
 from kvlens.engine.layer import LayerHandle, TransformersCache
 from kvlens.engine.probe import ErrorProbe
-from kvlens.engine.segments import TILE_TOKENS, Tile, attend_tile, merge_all
+from kvlens.engine.segments import TILE_TOKENS, Tile, attend_exact, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
 
 
@@ -223,10 +223,7 @@ class KVCache(TransformersCache, ABC):
         """Hand the probe what the last step packed, if a method has put that off to after the clock."""
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Add prompt tokens that nobody attends from; `end_prefill` packs them. Shapes: `[B, HK, T, D]`.
-
-        For keys and values that come from elsewhere than a forward pass: a measurement, another cache.
-        """
+        """Add prompt tokens that come from no forward pass; `end_prefill` packs them. Shapes: `[B, HK, T, D]`."""
         if keys.shape[0] != self.num_rows:
             raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {keys.shape[0]}")
         self._seen[layer] += keys.shape[2]
@@ -374,23 +371,13 @@ class KVCache(TransformersCache, ABC):
             tile = Tile(fresh.keys[row, :, kept], fresh.values[row, :, kept])
             if tile.keys.shape[1]:
                 pending[row].append(tile)
-                attend = self._attend_past if self.lengths[layer][row] else self._attend_exact
-                output[row, :, kept] = attend(layer, row, query[row, :, kept], pending[row], scaling=scaling)
+                asked = query[row, :, kept]
+                output[row, :, kept] = (
+                    self._attend_past(layer, row, asked, pending[row], scaling=scaling)
+                    if self.lengths[layer][row]
+                    else attend_exact(asked, pending[row], scaling=scaling)
+                )
         return output
-
-    def _attend_exact(
-        self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float
-    ) -> torch.Tensor:
-        """The same with nothing stored yet: plain attention over the exact tiles."""
-        keys = torch.cat([tile.keys for tile in exact], dim=1)
-        values = torch.cat([tile.values for tile in exact], dim=1)
-        num_queries, num_keys = query.shape[1], keys.shape[1]
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        return scaled_dot_product_attention(
-            query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scaling,
-            attn_mask=visible.tril(num_keys - num_queries),
-            enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
-        )[0]  # fmt: skip
 
     def _attend_past(
         self, layer: int, row: int, query: torch.Tensor, exact: list[Tile], *, scaling: float

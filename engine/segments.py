@@ -6,11 +6,12 @@ all of them. It is the oracle of the tests, the way of a method that has no kern
 several new tokens at once attend to a packed past.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 TILE_TOKENS = 1024
 """How many tokens a segment rebuilds at a time: what bounds the memory of the slow path."""
@@ -70,6 +71,20 @@ def _attend(query: torch.Tensor, tile: Tile, *, scaling: float, first: int | Non
     weights = (scores - log_sum_exp.unsqueeze(-1)).exp()
     output = weights.view(num_kv_heads, -1, num_tokens) @ tile.values.float()
     return Partial(output.view(num_query_heads, num_queries, head_dim), log_sum_exp)
+
+
+def attend_exact(query: torch.Tensor, tiles: Sequence[Tile], *, scaling: float) -> torch.Tensor:
+    """Causal attention over exact tiles alone, the last tokens of which are the queries' own; by torch's own kernel.
+
+    Shapes: query `[HQ, T, D]` → `[HQ, T, D]`.
+    """
+    keys, values = (torch.cat(side, dim=1) for side in zip(*((tile.keys, tile.values) for tile in tiles), strict=True))
+    num_queries, num_keys = query.shape[1], keys.shape[1]
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+    return scaled_dot_product_attention(
+        query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), scale=scaling, attn_mask=visible,
+        enable_gqa=len(query) != len(keys),
+    )[0]  # fmt: skip
 
 
 def merge(left: Partial, right: Partial) -> Partial:

@@ -199,7 +199,7 @@ class CsrCache(PagedCache):
     def __init__(self, shape: ModelShape, config: CsrConfig, **options: Any) -> None:
         super().__init__(shape, config, **options)
         if self.facts is None:
-            raise EngineError("CSR needs a model's dictionaries; make its cache with LoadedModel.new_cache")
+            raise EngineError("CSR needs dictionaries learned from a model (LoadedModel.new_cache brings them); a shape alone has none")
         self._dictionaries = self.facts.dictionary(config.kind)
         self._coders = self._key_coder(), self._value_coder()
         self._keys, self._values = self._pages = tuple(
@@ -279,12 +279,12 @@ class CsrCache(PagedCache):
         codes = self._pages[side].read(self._table.pool, self._table.of(layer, row), first, stop)
         return self._coders[side].restore(layer, row, codes, self.config.num_sinks + first)
 
-    def coded_vectors(self, layer: int, side: int) -> CodedVectors:
+    def coded_vectors(self, layer: int, side: int, row: int = 0) -> CodedVectors:
         first, coder = self.config.num_sinks, self._coders[side]
-        coded = self.config.num_packed(side, self.lengths[layer][0])
-        codes = self._pages[side].read(self._table.pool, self._table.of(layer, 0), 0, coded)
+        coded = self.config.num_packed(side, self.lengths[layer][row])
+        codes = self._pages[side].read(self._table.pool, self._table.of(layer, row), 0, coded)
         exact_to_coded = partial(coder.coded, layer, first=first)
-        return CodedVectors(first, codes, coder.recipe.parts, coder.atoms(layer, 0), exact_to_coded)
+        return CodedVectors(first, codes, coder.recipe.parts, coder.atoms(layer, row), exact_to_coded)
 
     @property
     def _reads_codes(self) -> bool:
