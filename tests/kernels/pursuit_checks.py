@@ -14,6 +14,7 @@ from kvlens.kernels.pursuit.reference import MIN_PIVOT
 
 # How far from the best choice, and from the exact coefficients, relative to the vector's length
 FP32_TOLERANCE = 2e-5
+HALF_TOLERANCE = 2e-3  # of choices between products of fp16 numbers
 
 MODES = {"plain": {}, "distinct": {"distinct": True}, "refit": {"refit": True}, "orthogonal": {"orthogonal": True}}
 
@@ -82,6 +83,27 @@ def build_pursuit(case: PursuitCase, *, seed: int = 0, device: str = "cpu") -> t
     elif case.strides == "transposed":
         vectors = vectors.mT.contiguous().mT
     return vectors, dictionary.to(device)
+
+
+def check_pursuit(case: PursuitCase, mode: str, device: str) -> None:
+    """The Triton pursuit, and its way back, with every byte of their results poisoned beforehand."""
+    from kvlens.kernels.pursuit import reference, triton
+
+    vectors, dictionary = build_pursuit(case, device=device)
+    flags = {"distinct": mode != "plain", "refit": mode == "refit", "orthogonal": mode == "orthogonal"}
+    codes, launches = triton.prepare(vectors, dictionary, sparsity=case.sparsity, gram=None, **flags)
+    codes.indices.fill_(0x5A5A)
+    codes.coefficients.fill_(torch.nan)
+    for launch in launches:
+        launch.run()
+    assert_pursued(
+        codes, vectors, dictionary, sparsity=case.sparsity, choice_tolerance=HALF_TOLERANCE, **MODES[mode]
+    )  # fmt: skip
+    restored, launches = triton.prepare_restore(codes, dictionary)
+    restored.fill_(torch.nan)
+    for launch in launches:
+        launch.run()
+    torch.testing.assert_close(restored, reference.restore(codes, dictionary))
 
 
 def assert_pursued(

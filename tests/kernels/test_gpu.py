@@ -8,10 +8,30 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import AttendCase, attend_cases, build_attend, quantize_cases
-from triton_checks import check_attend, check_quantize, compare_attend, triton_cases
+from pursuit_checks import (
+    HALF_TOLERANCE,
+    MODES,
+    PursuitCase,
+    assert_pursued,
+    build_pursuit,
+    check_pursuit,
+    pursuit_cases,
+)
+from sparse_cases import SparseCase, build_sparse, sparse_cases
+from triton_checks import (
+    check_attend,
+    check_quantize,
+    check_sparse,
+    compare_attend,
+    triton_cases,
+    triton_sparse_cases,
+)
 
 from kvlens.kernels.packed_attend import PackedPast, packed_attend, reference
+from kvlens.kernels.pursuit import pursue
 from kvlens.kernels.quantize_pack import Packed, quantize_pack
+from kvlens.kernels.sparse_attend import reference as sparse_reference
+from kvlens.kernels.sparse_attend import sparse_attend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,6 +96,26 @@ def test_every_slot_is_read_exactly(bits, slot):
 @pytest.mark.parametrize("case", quantize_cases(), ids=lambda case: case.name)
 def test_quantize_pack(case):
     check_quantize(case, "cuda")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *pursuit_cases(),
+        PursuitCase("large", num_atoms=1024, width=128, sparsity=8, leading=(8, 1000), dtype=torch.bfloat16),
+        PursuitCase("largest_distinct", num_atoms=4096, width=128, sparsity=8, leading=(8, 125)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_pursuit(case, mode):
+    check_pursuit(case, mode, "cuda")
+
+
+def test_more_distinct_atoms_than_the_kernel_holds_take_the_reference():
+    vectors, dictionary = build_pursuit(PursuitCase("larger", num_atoms=5000), device="cuda")
+    codes = pursue(vectors, dictionary, sparsity=4, refit=True)
+    assert_pursued(codes, vectors, dictionary, sparsity=4, refit=True, choice_tolerance=HALF_TOLERANCE)
 
 
 def test_attention_does_not_wait_for_the_device():
@@ -155,3 +195,51 @@ def test_pages_beyond_two_to_the_31_words():
 def test_non_contiguous_query_and_rings():
     inputs = build_attend(replace(LARGE, strides="sliced", num_sinks=4), device="cuda")
     compare_attend(inputs, LARGE.dtype)
+
+
+LARGE_SPARSE = SparseCase(
+    "large", (8000, 1, 5000, 129), (7868, 0, 4868, 1), num_query_heads=32, num_kv_heads=8, head_dim=128, key_atoms=8,
+    num_key_atoms=1024, num_value_atoms=1024, page_tokens=128, dtype=torch.float16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *triton_sparse_cases(),
+        *(replace(case, dtype=dtype) for case in sparse_cases() for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}",
+)
+def test_sparse_attend(case):
+    check_sparse(case, "cuda")
+
+
+@pytest.mark.parametrize("coefficient_bits", [6, 16])
+@pytest.mark.parametrize("value_parts", [1, 2])
+@pytest.mark.parametrize("num_kv_heads", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sparse_attend_of_shipped_shapes(coefficient_bits, value_parts, num_kv_heads, dtype):
+    case = replace(
+        LARGE_SPARSE, coefficient_bits=coefficient_bits, value_parts=value_parts, value_atoms=8 // value_parts,
+        num_kv_heads=num_kv_heads, num_sinks=0, dtype=dtype,
+    )  # fmt: skip
+    check_sparse(case, "cuda")
+
+
+def test_sparse_attention_does_not_wait_and_runs_in_a_cuda_graph():
+    inputs = build_sparse(LARGE_SPARSE, device="cuda")
+    sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    inputs.query.copy_(inputs.query.flip(1))
+    for _ in range(2):  # accumulators are cleared in every replay
+        graph.replay()
+    expected = sparse_reference.sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    torch.testing.assert_close(got.output, expected.output, atol=1e-3, rtol=1e-3)

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from benchmarks.instructions import SHIPPED, Shape, compile_attend, empty_inputs, inspect
+from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import triton as packed_attend
 from kvlens.kernels.packed_attend.tiling import tiling_of
+from kvlens.kernels.pursuit import triton as pursuit
 from kvlens.kernels.quantize_pack import triton as quantize_pack
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import triton as sparse_attend
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -55,6 +59,44 @@ def test_attention_compiles_for_every_layout(shape):
         assert launch.compile(90).asm["cubin"]
 
 
+def empty_sparse_inputs(
+    layout: SparseLayout, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, SparsePast, ExactTokens]:
+    """Tensors of the shapes, strides and dtypes that a launch of batch 1 has. Their contents are not set."""
+
+    def side(atoms: int, parts: int) -> SparseSide:
+        slots = (8, num_kv_heads, parts * atoms, layout.page_tokens)
+        sizes = (*slots[:2], layout.page_tokens) if layout.is_packed else slots
+        coefficients = torch.empty(sizes, dtype=torch.float16)
+        return SparseSide(torch.empty(slots, dtype=torch.int16), coefficients, torch.empty(1024, head_dim // parts))
+
+    table, count, length = (torch.empty(size, dtype=torch.int32) for size in ((1, 8), 1, 1))
+    keys, values = side(layout.key_atoms, 1), side(layout.value_atoms, layout.value_parts)
+    ring, sinks = (torch.empty(1, num_kv_heads, size, head_dim, dtype=dtype) for size in (128, 4))
+    exact = ExactTokens(ring, ring, sinks, sinks, length)
+    query = torch.empty(1, num_query_heads, head_dim, dtype=dtype)
+    return query, SparsePast(layout, keys, values, table, count), exact
+
+
+SPARSE_TO_COMPILE = [
+    (90, SparseLayout(128, 8, 8), 32, 8, 128, torch.float16),
+    (90, SparseLayout(128, 8, 4, 2, 16), 32, 32, 128, torch.bfloat16),
+    (90, SparseLayout(64, 4, 4), 4, 2, 64, torch.float32),
+    (90, SparseLayout(48, 7, 3, 2), 14, 1, 96, torch.float16),
+    *((arch, SparseLayout(128, 8, 8), 32, heads, 128, torch.bfloat16) for arch in (80, 120) for heads in (8, 32)),
+]
+
+
+@pytest.mark.parametrize("to_compile", SPARSE_TO_COMPILE, ids=str)
+def test_sparse_attention_spills_nothing(to_compile):
+    arch, *shape = to_compile
+    _, launches = sparse_attend.prepare(*empty_sparse_inputs(*shape), scaling=1.0, arch=arch)
+    for launch in launches:
+        usage = inspect(launch.compile(arch).asm["cubin"])
+        assert usage["STACK"] == 0, launch.kernel
+        assert usage["REG"] <= 255
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quantizing_spills_nothing(bits, dtype):
@@ -64,9 +106,32 @@ def test_quantizing_spills_nothing(bits, dtype):
         assert inspect(launch.compile(90).asm["cubin"])["STACK"] == 0
 
 
+@pytest.mark.parametrize(
+    ("arch", "mode", "num_atoms", "width", "sparsity"),
+    [
+        *((arch, mode, 1024, 128, 8) for arch in (80, 90, 120) for mode in ("plain", "refit", "orthogonal")),
+        *((arch, "refit", 1024, 64, 8) for arch in (80, 90, 120)),
+        (90, "refit", 4096, 128, 8),
+        (90, "refit", 1024, 128, 32),
+        (90, "plain", 8192, 64, 8),
+        (90, "refit", 203, 20, 3),
+    ],
+)
+def test_pursuit_spills_nothing(arch, mode, num_atoms, width, sparsity):
+    flags = {"distinct": mode != "plain", "refit": mode == "refit", "orthogonal": mode == "orthogonal"}
+    vectors, dictionary = torch.empty(4096, width, dtype=torch.float16), torch.empty(num_atoms, width)
+    _, launches = pursuit.prepare(vectors, dictionary, sparsity=sparsity, gram=None, arch=arch, **flags)
+    compiled = [launch.compile(arch) for launch in launches]
+    assert [inspect(kernel.asm["cubin"])["STACK"] for kernel in compiled] == [0] * len(launches)
+    assert "mma" in compiled[0].asm["ptx"], "the products must be on the tensor cores"
+
+
 def test_a_gpu_too_old_is_named():
     with pytest.raises(ValueError, match="compute capability 80 or newer; got 75"):
         packed_attend.prepare(*empty_inputs(Shape(2)), scaling=1.0, arch=75)
+    inputs = empty_sparse_inputs(SparseLayout(128, 8, 8), 32, 8, 128, torch.float16)
+    with pytest.raises(ValueError, match="compute capability 80 or newer; got 75"):
+        sparse_attend.prepare(*inputs, scaling=1.0, arch=75)
 
 
 def test_tensors_on_the_cpu_are_named():

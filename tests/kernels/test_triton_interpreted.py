@@ -28,7 +28,8 @@ else:
 
     from any_layout import check_any_layout
     from cases import quantize_cases
-    from triton_checks import check_attend, check_quantize, triton_cases
+    from pursuit_checks import MODES, check_pursuit, pursuit_cases
+    from triton_checks import check_attend, check_quantize, check_sparse, triton_cases, triton_sparse_cases
 
     name = attrgetter("name")
 
@@ -48,6 +49,15 @@ else:
     def test_packed_attend_of_any_layout():
         check_any_layout("cpu", max_examples=10)
 
+    @pytest.mark.parametrize("case", [case for case in triton_sparse_cases() if case.name not in LEFT_OUT], ids=name)
+    def test_sparse_attend(case):
+        check_sparse(case, "cpu")
+
     @pytest.mark.parametrize("case", [case for case in quantize_cases() if case.name not in LEFT_OUT], ids=name)
     def test_quantize_pack(case):
         check_quantize(case, "cpu")
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("case", [case for case in pursuit_cases() if case.name not in LEFT_OUT], ids=name)
+    def test_pursuit(case, mode):
+        check_pursuit(case, mode, "cpu")
