@@ -16,7 +16,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare, step_tasks, takes_native
+from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare, step_tasks, takes_tasks
 
 BLOCK_TOKENS = 256
 """Buffers grow in steps of at least this many tokens."""
@@ -97,8 +97,8 @@ class DenseCache(KVCache):
 
     def step_key(self) -> Hashable | None:
         longest = max(self.lengths[0]) + 1
-        is_native = takes_native(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
-        return self._num_allocations if is_native else None
+        has_tasks = takes_tasks(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
+        return self._num_allocations if has_tasks else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,

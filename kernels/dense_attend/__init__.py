@@ -8,7 +8,7 @@ shape and the winner is kept: an honest rival is the best one.
 import torch
 
 from kvlens.kernels.dense_attend import paths
-from kvlens.kernels.dense_attend.tune import Problem, fastest
+from kvlens.kernels.dense_attend.tune import Problem, fastest, is_fastest_in_a_program
 
 _LENGTHS = (512, 2048, 8192, 32768)
 """Lengths at which the candidates are measured; a problem takes the first that is long enough."""
@@ -40,11 +40,16 @@ def dense_attend(
     return paths.PATHS[name](query, keys, values, length, scaling=scaling, longest=longest, is_ragged=is_ragged)
 
 
-def takes_native(keys: torch.Tensor, *, num_query_heads: int, longest: int) -> bool:
-    """Whether our own kernel is the fastest path here, so that `step_tasks` stands in for `dense_attend`."""
-    name = fastest(_problem(keys, num_query_heads, longest))
-    _chosen[str(keys.device)] = name
-    return name == "native"
+def takes_tasks(keys: torch.Tensor, *, num_query_heads: int, longest: int) -> bool:
+    """Whether our own kernel as tasks of a program is the fastest here; then `step_tasks` stand in for `dense_attend`.
+
+    Asked only where native kernels run. The answer is kept by `chosen_path`.
+    """
+    problem = _problem(keys, num_query_heads, longest)
+    is_best = is_fastest_in_a_program(problem)
+    if is_best:
+        _chosen[str(keys.device)] = "native"
+    return is_best
 
 
 def step_tasks(
