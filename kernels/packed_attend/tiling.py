@@ -92,6 +92,7 @@ class Tiling:
     num_parts: int
     exact_tokens: int
     exact_channels: int
+    mixes_packed: bool  # a token's key may be packed while its value is exact
     num_stages: int
     # Arithmetic: products over packed tokens (codes are exact in fp16) and over exact ones
     packed_dtype: tl.dtype
@@ -112,8 +113,8 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, arch
         exact.keys.shape[1],
         past.page_table.shape[1],
         (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
-        arch or _arch(query.device),
-        _num_multiprocessors(query.device),
+        arch or arch_of(query.device),
+        num_multiprocessors(query.device),
     )
 
 
@@ -129,7 +130,7 @@ def _tiling(
     num_pages: int,
     capacities: tuple[int, int, int],
     arch: int,
-    num_multiprocessors: int,
+    multiprocessors: int,
 ) -> Tiling:
     configuration = _configuration(arch, layout.key_bits, head_dim)
     heads_per_kv = num_query_heads // num_kv_heads
@@ -151,7 +152,7 @@ def _tiling(
     num_sinks, key_ring, value_ring = capacities
     num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), configuration.exact_tokens)
     num_tiles = triton.cdiv(num_pages * key_words, tile_words)
-    num_programs = 2 * configuration.programs * num_multiprocessors  # two waves
+    num_programs = 2 * configuration.programs * multiprocessors  # two waves
     num_splits = triton.cdiv(num_programs, max(1, batch * num_kv_heads * head_blocks))
     num_splits = max(1, min(num_splits, num_tiles, 256))
 
@@ -186,20 +187,21 @@ def _tiling(
         splits_value_scales=splits_value_scales,
         key_minima_step=DOT_ROWS // key_groups if splits_key_scales else 1,
         value_minima_step=DOT_ROWS // value_groups if splits_value_scales else 1,
-        masks_channels=_padded(head_dim) != head_dim,
-        masks_key_words=_padded(head_dim) != head_dim or not is_tile_in_page,
-        masks_value_words=_padded(value_words) != value_words or not is_tile_in_page,
-        block_d=_padded(head_dim),
+        masks_channels=padded(head_dim) != head_dim,
+        masks_key_words=padded(head_dim) != head_dim or not is_tile_in_page,
+        masks_value_words=padded(value_words) != value_words or not is_tile_in_page,
+        block_d=padded(head_dim),
         block_heads=block_heads,
-        block_key_groups=_padded(key_groups),
-        block_value_words=_padded(value_words),
-        block_value_groups=_padded(value_groups),
+        block_key_groups=padded(key_groups),
+        block_value_words=padded(value_words),
+        block_value_groups=padded(value_groups),
         head_blocks=head_blocks,
         num_exact_parts=num_exact_parts,
         num_splits=num_splits,
         num_parts=num_exact_parts + num_splits,
         exact_tokens=configuration.exact_tokens,
-        exact_channels=min(configuration.exact_channels, _padded(head_dim)),
+        exact_channels=min(configuration.exact_channels, padded(head_dim)),
+        mixes_packed=True,
         num_stages=configuration.num_stages,
         packed_dtype=tl.float32 if dtype == torch.float32 else tl.float16,
         exact_dtype=exact_dtype,
@@ -207,7 +209,7 @@ def _tiling(
     )
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return max(DOT_ROWS, triton.next_power_of_2(size))
 
 
@@ -221,7 +223,7 @@ def _configuration(arch: int, key_bits: int, head_dim: int) -> Configuration:
 
 
 @cache
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -229,5 +231,5 @@ def _arch(device: torch.device) -> int:
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

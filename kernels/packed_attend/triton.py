@@ -48,7 +48,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _store_part(
+def store_part(
     output_ptr, log_sum_exp_ptr, mask_n, maximum, total, outputs,
     NUM_BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
@@ -102,17 +102,20 @@ def _attend_kernel(
 
     if part < TILING.num_exact_parts:
         maximum, total, chunks = attend_exact(
-            query_ptr, mask_n, scaling, num_keys, num_values, tl.load(length_ptr + row), part, page_table_ptr,
-            key_codes_ptr, key_scale_ptr, key_minimum_ptr, stride_key_codes_page, stride_key_scale_page,
-            value_codes_ptr, value_scale_ptr, value_minimum_ptr,
-            stride_value_codes_page, stride_value_scale_page,
+            query_ptr, mask_n, scaling, num_keys, num_values, tl.load(length_ptr + row), part,
+            (
+                page_table_ptr,
+                key_codes_ptr, key_scale_ptr, key_minimum_ptr, stride_key_codes_page, stride_key_scale_page,
+                value_codes_ptr, value_scale_ptr, value_minimum_ptr,
+                stride_value_codes_page, stride_value_scale_page,
+            ),
             keys_ptr + row * stride_key_row + head * stride_key_head,
             values_ptr + row * stride_value_row + head * stride_value_head,
             sink_keys_ptr + row * stride_sink_key_row + head * stride_sink_key_head,
             sink_values_ptr + row * stride_sink_value_row + head * stride_sink_value_head,
             stride_key_token, stride_value_token, stride_sink_key_token, stride_sink_value_token, TILING,
         )  # fmt: skip
-        _store_part(
+        store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, chunks,
             TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING,
         )  # fmt: skip
@@ -124,7 +127,7 @@ def _attend_kernel(
             value_codes_ptr, value_scale_ptr, value_minimum_ptr,
             stride_value_codes_page, stride_value_scale_page, TILING,
         )  # fmt: skip
-        _store_part(
+        store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, slots,
             TILING.value_slots, TILING.value_words, TILING,
         )  # fmt: skip
@@ -181,12 +184,12 @@ def prepare(
     """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU)."""
     batch, num_query_heads, head_dim = query.shape
     tiling = tiling_of(query, past, exact, arch=arch)
-    query = _rows_contiguous(query)
+    query = rows_contiguous(query)
     key_codes, key_scale, key_minimum = _pages_contiguous(past.keys)
     value_codes, value_scale, value_minimum = _pages_contiguous(past.values)
-    keys, values = _rows_contiguous(exact.keys), _rows_contiguous(exact.values)
-    sink_keys, sink_values = _rows_contiguous(exact.sink_keys), _rows_contiguous(exact.sink_values)
-    page_table = _rows_contiguous(past.page_table)
+    keys, values = rows_contiguous(exact.keys), rows_contiguous(exact.values)
+    sink_keys, sink_values = rows_contiguous(exact.sink_keys), rows_contiguous(exact.sink_values)
+    page_table = rows_contiguous(past.page_table)
 
     heads = (batch, num_query_heads)
     part_output = query.new_empty((*heads, tiling.num_parts, head_dim), dtype=torch.float32)
@@ -217,16 +220,16 @@ def prepare(
             "sink_values_ptr": sink_values,
             "part_output_ptr": part_output,
             "part_log_sum_exp_ptr": part_log_sum_exp,
-            **_strides("query", query, "row", "head"),
-            **_strides("table", page_table, "row"),
-            **_strides("key_codes", key_codes, "page", "head"),
-            **_strides("key_scale", key_scale, "page", "head"),
-            **_strides("value_codes", value_codes, "page", "head"),
-            **_strides("value_scale", value_scale, "page", "head"),
-            **_strides("key", keys, "row", "head", "token"),
-            **_strides("value", values, "row", "head", "token"),
-            **_strides("sink_key", sink_keys, "row", "head", "token"),
-            **_strides("sink_value", sink_values, "row", "head", "token"),
+            **strides("query", query, "row", "head"),
+            **strides("table", page_table, "row"),
+            **strides("key_codes", key_codes, "page", "head"),
+            **strides("key_scale", key_scale, "page", "head"),
+            **strides("value_codes", value_codes, "page", "head"),
+            **strides("value_scale", value_scale, "page", "head"),
+            **strides("key", keys, "row", "head", "token"),
+            **strides("value", values, "row", "head", "token"),
+            **strides("sink_key", sink_keys, "row", "head", "token"),
+            **strides("sink_value", sink_values, "row", "head", "token"),
             "TILING": tiling,
             "num_warps": 1,
             "enable_fp_fusion": True,
@@ -251,12 +254,12 @@ def prepare(
     return result, (attend, merge)
 
 
-def _strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
+def strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
     """The strides of the first dims, by the kernel's argument names."""
     return {f"stride_{name}_{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
 
 
-def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,14 +1,20 @@
 """Attention over sparse codes against its definition, on everything that a cache can look like."""
 
+import threading
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from cases import LOG_SUM_EXP_TOLERANCE, OUTPUT_TOLERANCES
+from hypothesis import HealthCheck, given, settings
 from sparse_cases import SparseCase, build_sparse, sparse_cases
 
 from kvlens.kernels import sparse_attend as operation
-from kvlens.kernels.sparse_attend import SparseLayout, SparseSide, reference
+from kvlens.kernels.native import jit, threads
+from kvlens.kernels.sparse_attend import SparseLayout, SparseSide, cpu, reference
+
+BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(sparse_attend, inputs):
@@ -39,6 +45,108 @@ def test_the_reference_restores_what_the_codes_stand_for(case):
             assert got.shape[1] == case.lengths[row]
             assert bool(got.isfinite().all())
             torch.testing.assert_close(got[:, sinks : sinks + count], expected[row, :, :count], atol=1e-5, rtol=1e-5)
+
+
+@st.composite
+def drawn_cases(draw) -> SparseCase:
+    """Any batch, in few formats: each is compiled anew."""
+    num_sinks = draw(st.integers(0, 6))
+    lengths = draw(st.lists(st.integers(0, 500), min_size=1, max_size=3))
+    num_kv_heads, parts = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    return SparseCase(
+        name="drawn",
+        lengths=tuple(lengths),
+        num_coded=tuple(draw(st.integers(0, max(0, length - num_sinks))) for length in lengths),
+        num_query_heads=num_kv_heads * draw(st.sampled_from([1, 2, 5])),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([16, 64])),
+        key_atoms=3,
+        value_atoms=4,
+        value_parts=parts,
+        coefficient_bits=draw(st.sampled_from([6, 16])),
+        num_key_atoms=draw(st.integers(1, 1024)),
+        num_value_atoms=draw(st.integers(1, 1024)),
+        page_tokens=draw(st.integers(1, 100)),
+        num_sinks=num_sinks,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        spread=draw(st.sampled_from(["normal", "equal", "outliers"])),
+        strides=draw(st.sampled_from(["contiguous", "sliced"])),
+    )
+
+
+@given(case=drawn_cases(), seed=st.integers(0, 2**20))
+@BOUNDED
+def test_agrees_with_the_reference_on_any_batch(implementation, case, seed):
+    inputs = build_sparse(case, seed=seed)
+    assert_close(run(implementation("sparse_attend"), inputs), run(reference.sparse_attend, inputs))
+
+
+def test_empty_sequences_give_zeros(implementation):
+    got = run(implementation("sparse_attend"), build_sparse(SparseCase("empty", (0, 3, 0), (0, 2, 0))))
+    assert bool((got.output[[0, 2]] == 0).all())
+    assert bool((got.log_sum_exp[[0, 2]] == -torch.inf).all())
+
+
+def test_one_coded_token_gives_what_it_stands_for(implementation):
+    inputs = build_sparse(SparseCase("one", (1,), (1,)))
+    got = run(implementation("sparse_attend"), inputs)
+    value = inputs.values[0, :, 0].repeat_interleave(2, dim=0)
+    torch.testing.assert_close(got.output[0], value, atol=1e-6, rtol=1e-5)
+
+
+def test_query_and_window_may_differ_in_type(implementation):
+    inputs = build_sparse(SparseCase("mixed", (300,), (200,), num_sinks=4, dtype=torch.bfloat16))
+    mixed = replace(inputs, query=inputs.query.float())
+    assert_close(run(implementation("sparse_attend"), mixed), run(reference.sparse_attend, mixed))
+
+
+def test_threads_and_splits_do_not_change_the_result(implementation, monkeypatch):
+    """One thread, three threads, and no OpenMP runtime: the same up to the order of additions."""
+    inputs = build_sparse(SparseCase("threads", (4000, 70), (3840, 0), num_query_heads=6, head_dim=128))
+    sparse_attend, expected = implementation("sparse_attend"), run(reference.sparse_attend, inputs)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert_close(run(sparse_attend, inputs), expected)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(threads, "parallel_address", lambda: 0)
+    assert_close(run(sparse_attend, inputs), expected)
+
+
+def test_after_warm_up_nothing_is_compiled():
+    case = SparseCase("warm", (300,), (200,), num_query_heads=14, num_sinks=4, dtype=torch.bfloat16)
+    inputs = build_sparse(case)
+    cpu.warm_up(
+        inputs.past.layout, head_dim=case.head_dim, heads_per_group=7, query_dtype=torch.bfloat16,
+        exact_dtype=torch.bfloat16,
+    )  # fmt: skip
+    known = len(jit.compiled())
+    assert_close(run(cpu.sparse_attend, inputs), run(reference.sparse_attend, inputs))
+    assert len(jit.compiled()) == known
+
+
+def test_concurrent_calls_do_not_mix(implementation):
+    sparse_attend = implementation("sparse_attend")
+    case = SparseCase("concurrent", (1500, 900), (1408, 800), head_dim=128)
+    inputs = [build_sparse(case, seed=seed) for seed in range(4)]
+    expected = [run(reference.sparse_attend, each) for each in inputs]
+    failures = []
+
+    def work(index):
+        try:
+            for _ in range(25):
+                assert_close(run(sparse_attend, inputs[index]), expected[index])
+        except AssertionError as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
 
 
 def test_shapes_that_do_not_belong_together_are_named():

@@ -16,11 +16,14 @@ from cases import (
     build_attend,
     build_values,
 )
+from sparse_cases import SparseCase, SparseInputs, build_sparse, sparse_cases
 
 from kvlens.kernels.packed_attend import reference as attend_reference
 from kvlens.kernels.packed_attend import triton as attend_triton
 from kvlens.kernels.quantize_pack import reference as quantize_reference
 from kvlens.kernels.quantize_pack import triton as quantize_triton
+from kvlens.kernels.sparse_attend import reference as sparse_reference
+from kvlens.kernels.sparse_attend import triton as sparse_triton
 
 # Half-precision queries meet the packed keys on the tensor cores: q * scale is rounded to fp16 there.
 HALF_LOG_SUM_EXP_TOLERANCE = {"atol": 2e-3, "rtol": 1e-3}
@@ -54,6 +57,41 @@ def compare_attend(inputs: AttendInputs, dtype: torch.dtype) -> None:
     attend.run()
     merge.run()
     assert got.output.dtype == inputs.query.dtype
+    assert got.log_sum_exp.dtype == torch.float32
+    torch.testing.assert_close(got.output, expected.output, **OUTPUT_TOLERANCES[dtype])
+    half = dtype in (torch.float16, torch.bfloat16)
+    tolerance = HALF_LOG_SUM_EXP_TOLERANCE if half else LOG_SUM_EXP_TOLERANCE
+    torch.testing.assert_close(got.log_sum_exp, expected.log_sum_exp, **tolerance)
+
+
+def triton_sparse_cases() -> list[SparseCase]:
+    """The shared cases in fp16, the way that ships; in fp32 where scores are large."""
+    return [
+        replace(case, dtype=torch.float16)
+        if case.dtype == torch.float32 and case.name not in ("outliers", "scaling", "ragged_sinks")
+        else case
+        for case in sparse_cases()
+    ]
+
+
+def check_sparse(case: SparseCase, device: str) -> None:
+    """`sparse_attend` equals its reference, with every byte of its own memory NaN beforehand."""
+    compare_sparse(build_sparse(case, device=device))
+
+
+def compare_sparse(inputs: SparseInputs) -> None:
+    expected = sparse_reference.sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    got, launches = sparse_triton.prepare(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
+    for launch in launches:
+        for name in ("table_ptr", "accumulators_ptr", "part_output_ptr", "part_log_sum_exp_ptr"):
+            if name in launch.arguments:
+                launch.arguments[name].fill_(torch.nan)
+    got.output.fill_(torch.nan)
+    got.log_sum_exp.fill_(torch.nan)
+    for launch in launches:
+        launch.run()
+    dtype = inputs.query.dtype
+    assert got.output.dtype == dtype
     assert got.log_sum_exp.dtype == torch.float32
     torch.testing.assert_close(got.output, expected.output, **OUTPUT_TOLERANCES[dtype])
     half = dtype in (torch.float16, torch.bfloat16)

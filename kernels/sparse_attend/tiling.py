@@ -1,0 +1,133 @@
+"""How attention over sparse codes is cut into programs and tiles: everything static about its launches.
+
+Plain numbers, from shapes alone; the kernels read them as one constant. This module computes nothing.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kvlens.kernels.packed_attend.tiling import DTYPES, arch_of, num_multiprocessors, padded
+from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast
+
+MAX_LANES = 16
+PROGRAMS = 16  # of one warp each, that run at once on a multiprocessor
+TILE_TOKENS, DICTIONARY_ATOMS, OUTPUT_CHANNELS = 64, 64, 32
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The constants of the kernels. The names that `packed_attend.exact_part` reads are its own."""
+
+    # The cache
+    head_dim: int
+    num_kv_heads: int
+    heads_per_kv: int
+    page_tokens: int
+    num_sinks: int
+    key_ring: int
+    value_ring: int
+    is_packed: bool
+    key_atoms: int
+    value_atoms: int
+    value_parts: int
+    num_key_atoms: int  # of the dictionaries
+    num_value_atoms: int
+    # Blocks: lanes are the query heads of a table row, padded to `block_heads` for the tensor cores
+    lanes: int
+    block_heads: int
+    head_blocks: int
+    block_d: int
+    part_channels: int
+    block_channels: int
+    tile_tokens: int
+    is_tile_in_page: bool
+    # Programs
+    num_exact_parts: int
+    num_splits: int
+    num_parts: int
+    exact_tokens: int
+    exact_channels: int
+    mixes_packed: bool
+    exact_dtype: tl.dtype
+
+
+def tiling_of(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, arch: int | None = None) -> Tiling:
+    """The tiling for these tensors, from their shapes, dtypes and device alone.
+
+    `arch` asks for the one of a compute capability that is not here. Raises: ValueError below 80.
+    """
+    arch = arch or arch_of(query.device)
+    if arch < 80:
+        raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
+    return _tiling(
+        past.layout,
+        DTYPES[query.dtype] if query.dtype == exact.keys.dtype == exact.values.dtype else tl.float32,
+        *query.shape,
+        exact.keys.shape[1],
+        (len(past.keys.dictionary), len(past.values.dictionary)),
+        past.page_table.shape[1],
+        (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
+        num_multiprocessors(query.device),
+    )
+
+
+@cache
+def _tiling(
+    layout: SparseLayout,
+    exact_dtype: tl.dtype,
+    batch: int,
+    num_query_heads: int,
+    head_dim: int,
+    num_kv_heads: int,
+    num_atoms: tuple[int, int],
+    num_pages: int,
+    capacities: tuple[int, int, int],
+    multiprocessors: int,
+) -> Tiling:
+    is_interpreted = triton.knobs.runtime.interpret
+    heads_per_kv = num_query_heads // num_kv_heads
+    lanes = min(MAX_LANES, triton.next_power_of_2(heads_per_kv))
+    head_blocks = triton.cdiv(heads_per_kv, lanes)
+    num_sinks, key_ring, value_ring = capacities
+    exact_tokens = 64 if is_interpreted else 16
+    num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), exact_tokens)
+    num_programs = 2 if is_interpreted else 2 * PROGRAMS * multiprocessors
+    num_splits = triton.cdiv(num_programs, max(1, batch * num_kv_heads * head_blocks))
+    num_splits = max(1, min(num_splits, triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS), 256))
+    part_channels = head_dim // layout.value_parts
+    if is_interpreted and exact_dtype == tl.bfloat16:
+        exact_dtype = tl.float32  # the interpreter's bf16 products are wrong
+    return Tiling(
+        head_dim=head_dim,
+        num_kv_heads=num_kv_heads,
+        heads_per_kv=heads_per_kv,
+        page_tokens=layout.page_tokens,
+        num_sinks=num_sinks,
+        key_ring=max(1, key_ring),
+        value_ring=max(1, value_ring),
+        is_packed=layout.is_packed,
+        key_atoms=layout.key_atoms,
+        value_atoms=layout.value_atoms,
+        value_parts=layout.value_parts,
+        num_key_atoms=num_atoms[0],
+        num_value_atoms=num_atoms[1],
+        lanes=lanes,
+        block_heads=max(8, lanes),
+        head_blocks=head_blocks,
+        block_d=padded(head_dim),
+        part_channels=part_channels,
+        block_channels=min(OUTPUT_CHANNELS, padded(part_channels)),
+        tile_tokens=TILE_TOKENS,
+        is_tile_in_page=layout.page_tokens % TILE_TOKENS == 0,
+        num_exact_parts=num_exact_parts,
+        num_splits=num_splits,
+        num_parts=num_exact_parts + num_splits,
+        exact_tokens=exact_tokens,
+        exact_channels=min(32, padded(head_dim)),
+        mixes_packed=False,
+        exact_dtype=exact_dtype,
+    )
