@@ -174,7 +174,7 @@ class ChatHandlers:
         """Another picture in the error panel; a running answer draws it with its next update."""
         session = self._session(request)
         try:
-            asked = {name: event._data[name] for name in ("kind", "figure", "quantity", "layer", "head")}
+            asked = {name: event._data[name] for name in ("kind", "figure", "quantity", "layer", "head", "token")}
             session.view = View(**asked)
         except (KeyError, TypeError, ValueError):
             return gr.skip()

@@ -20,13 +20,18 @@ QUANTITIES = ("magnitude", "rebuilt", "error")
 
 @dataclass(frozen=True)
 class View:
-    """What the error panel looks at. `layer` comes under the microscope with the next run; None leaves it as it is."""
+    """What the error and the atoms panel look at.
+
+    `layer` comes under the microscope with the next run; None leaves it as it is. `token` is the one taken apart into
+    atoms; None follows the newest.
+    """
 
     kind: str = "keys"
     figure: str = "tokens"
     quantity: str = "magnitude"
     layer: int | None = None
     head: int = 0
+    token: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("figure", FIGURES), ("quantity", QUANTITIES)):
@@ -34,6 +39,8 @@ class View:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if not (0 <= (self.layer or 0) < 1024 and 0 <= self.head < 1024):
             raise ValueError(f"layer and head must lie between 0 and 1023; got {self.layer}, {self.head}")
+        if not 0 <= (self.token or 0) < 2**31:
+            raise ValueError(f"token must not be negative; got {self.token}")
 
 
 def nice_ceiling(value: float) -> float:

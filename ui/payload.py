@@ -17,6 +17,7 @@ import numpy as np
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.trace import LaneLog, RunLog
 from kvlens.ui import text
+from kvlens.ui.atoms_payload import atoms_payload
 from kvlens.ui.heat import View, errors_payload
 
 MAX_POINTS = 160
@@ -68,6 +69,7 @@ def lane_figures(log: RunLog, lane: LaneLog) -> dict:
         "bits_per_value": 8 * live_bytes / (log.values_per_token * num_tokens) if live_bytes else None,
         "reserved_bytes": lane.reserved_bytes,
         "probe_bytes": lane.probe_bytes,
+        "shared_bytes": lane.shared_bytes,
         "prompt_tokens": lane.prompt_tokens,
         "reused_tokens": lane.reused_tokens,
         "new_tokens": len(lane.steps),
@@ -207,6 +209,7 @@ def build(log: RunLog | None, scene: Scene) -> str:
         "sentence": memory_sentence(log),
         "budget": budget_use(scene.budget),
         "errors": errors_payload(log, scene.view, encode),
+        "atoms": atoms_payload(log, scene.view, encode),
         "notices": notices(log, scene),
     }
     return json.dumps(payload, separators=(",", ":"))

@@ -15,12 +15,24 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 
-from kvlens.engine.trace import ErrorSnapshot, LaneLog, MachineMemory, MemorySample, RunLog, StepTrace
+from kvlens.engine.trace import (
+    AtomSnapshot,
+    CodedSide,
+    ErrorSnapshot,
+    LaneLog,
+    MachineMemory,
+    MemorySample,
+    RunLog,
+    StepTrace,
+)
 
 FORMAT = "kvlens-run-1"
 MAX_FILE_BYTES = 32 * 2**20
 SNAPSHOT_EVERY_STEPS = 16
 NEVER = np.iinfo(np.int32).max
+
+_LANE_PARTS = ("steps", "memory", "errors", "atoms")
+"""What of a lane is written in a form of its own."""
 
 
 class RecordingFault(ValueError):
@@ -31,11 +43,13 @@ class RecordingFault(ValueError):
 class ErrorHistory:
     """When each token of a lane was packed, and its statistics at a few steps.
 
-    Shapes: packed_at int32 `[2, T]`, the step from which on a token's key or value was packed.
+    Shapes: packed_at int32 `[2, T]`, the step from which on a token's key or value was packed; coverage `[2, L]`, of
+    lanes with atoms.
     """
 
     packed_at: np.ndarray
     moments: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    coverage: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass
@@ -69,7 +83,10 @@ class Recording:
         left_out = len(lane.steps) - step
         kept = max(1, len(lane.memory) - left_out)
         errors = self._errors_at(lane, step, lane.memory[kept - 1].num_tokens if lane.memory else 0)
-        return replace(lane, steps=lane.steps[:step], memory=lane.memory[:kept], errors=errors, finish=None)
+        return replace(
+            lane, steps=lane.steps[:step], memory=lane.memory[:kept], errors=errors, atoms=self._atoms_at(lane, step),
+            finish=None,
+        )  # fmt: skip
 
     def _errors_at(self, lane: LaneLog, step: int, num_tokens: int) -> ErrorSnapshot | None:
         final, history = lane.errors, self.history.get(lane.lane_id)
@@ -95,6 +112,25 @@ class Recording:
             rebuilt=rebuilt,
         )
 
+    def _atoms_at(self, lane: LaneLog, step: int) -> AtomSnapshot | None:
+        final, history = lane.atoms, self.history.get(lane.lane_id)
+        if final is None or history is None:
+            return final
+        keys, values = (
+            _first_tokens(side, int((packed_at <= step).sum()))
+            for side, packed_at in zip((final.keys, final.values), history.packed_at, strict=True)
+        )
+        past = [coverage for at, coverage in history.coverage if at <= step]
+        coverage = past[-1] if past else np.zeros_like(final.coverage)
+        return AtomSnapshot(final.probed_layer, coverage, keys, values)
+
+
+def _first_tokens(side: CodedSide, count: int) -> CodedSide:
+    """The codes of the first `count` tokens. What is the same for all tokens stays."""
+    cut = {name: getattr(side, name)[:, :count] for name in ("indices", "coefficients", "exact", "remaining")}
+    start = side.start if side.start.shape[1] == 1 else side.start[:, :count]
+    return replace(side, **cut, start=start)
+
 
 class Recorder:
     """Watches a run grow. `see` is cheap: it looks at error statistics only when there are new ones."""
@@ -107,9 +143,9 @@ class Recorder:
         for lane in log.lanes:
             if lane.errors is not None and id(lane.errors) != self._seen.get(lane.lane_id):
                 self._seen[lane.lane_id] = id(lane.errors)
-                self._note(lane.lane_id, lane.errors, len(lane.steps))
+                self._note(lane.lane_id, lane.errors, lane.atoms, len(lane.steps))
 
-    def _note(self, lane_id: str, errors: ErrorSnapshot, step: int) -> None:
+    def _note(self, lane_id: str, errors: ErrorSnapshot, atoms: AtomSnapshot | None, step: int) -> None:
         is_packed = np.isfinite(errors.by_token[:, 0, 0])
         history = self._history.setdefault(lane_id, ErrorHistory(np.empty((2, 0), np.int32)))
         missing = is_packed.shape[1] - history.packed_at.shape[1]
@@ -119,6 +155,8 @@ class Recorder:
         known[is_packed & (known == NEVER)] = step
         if not history.moments or step >= history.moments[-1][0] + SNAPSHOT_EVERY_STEPS:
             history.moments.append((step, errors.by_head, errors.by_channel, errors.peak_channel))
+            if atoms is not None:
+                history.coverage.append((step, atoms.coverage))
 
     def finish(self, log: RunLog, **about) -> Recording:
         return Recording(log=log, history=self._history, **about)
@@ -146,7 +184,8 @@ def _coarse(array: np.ndarray | None) -> np.ndarray | None:
         return None
     bits = array.astype(np.float16).view(np.uint16).astype(np.uint32)
     rounded = np.minimum(bits + 8, np.where(bits & 0x8000, 0xFBFF, 0x7BFF)) & 0xFFF0
-    return rounded.astype(np.uint16).view(np.float16).astype(np.float32)
+    coarse = rounded.astype(np.uint16).view(np.float16).astype(np.float32)
+    return np.where(np.isnan(array), np.nan, coarse)
 
 
 def _errors(errors: ErrorSnapshot | None) -> dict | None:
@@ -154,6 +193,17 @@ def _errors(errors: ErrorSnapshot | None) -> dict | None:
     if errors is None or not np.isfinite(errors.by_token).any():
         return None
     return vars(errors) | {name: _coarse(getattr(errors, name)) for name in ("exact", "rebuilt")}
+
+
+def _atoms(atoms: AtomSnapshot | None) -> dict | None:
+    return None if atoms is None else vars(atoms) | {"keys": _coded(atoms.keys), "values": _coded(atoms.values)}
+
+
+def _coded(side: CodedSide) -> dict:
+    """Atoms that no code names are zero in the file, where they take no room."""
+    is_used = np.isin(np.arange(len(side.atoms)), side.indices)
+    pictures = {"exact": side.exact, "start": side.start, "atoms": side.atoms * is_used[:, None]}
+    return vars(side) | {name: _coarse(array) for name, array in pictures.items()}
 
 
 def _array(packed: Mapping) -> np.ndarray:
@@ -168,15 +218,12 @@ def to_bytes(recording: Recording) -> bytes:
     """The file of a recording: gzipped JSON. Errors are kept in half precision, what pictures show within 1 %."""
     log = recording.log
     lanes = [
-        {
-            entry.name: getattr(lane, entry.name)
-            for entry in fields(lane)
-            if entry.name not in ("steps", "memory", "errors")
-        }
+        {entry.name: getattr(lane, entry.name) for entry in fields(lane) if entry.name not in _LANE_PARTS}
         | {
             "steps": [list(vars(step).values()) for step in lane.steps],
             "memory": [[sample.num_tokens, sample.parts] for sample in lane.memory],
             "errors": _errors(lane.errors),
+            "atoms": _atoms(lane.atoms),
         }
         for lane in log.lanes
     ]
@@ -228,6 +275,7 @@ def _read(content: dict) -> Recording:
         lane_id: ErrorHistory(
             _array(entry["packed_at"]),
             [(int(step), *(_array(part) for part in parts)) for step, *parts in entry["moments"]],
+            [(int(step), _array(coverage)) for step, coverage in entry.get("coverage", [])],
         )
         for lane_id, entry in content["history"].items()
     }
@@ -249,16 +297,28 @@ def _read_lane(entry: dict) -> LaneLog:
     if errors is not None:
         arrays = {name: _array(value) for name, value in errors.items() if isinstance(value, dict)}
         errors = ErrorSnapshot(**{"exact": None, "rebuilt": None} | arrays, probed_layer=int(errors["probed_layer"]))
-    plain = {name: value for name, value in entry.items() if name not in ("steps", "memory", "errors")}
+    plain = {name: value for name, value in entry.items() if name not in _LANE_PARTS}
     return LaneLog(
         **plain,
         errors=errors,
+        atoms=_read_atoms(entry.get("atoms")),
         steps=[_read_step(values) for values in entry["steps"]],
         memory=[
             MemorySample(int(tokens), {str(part): int(size) for part, size in parts.items()})
             for tokens, parts in entry["memory"]
         ],
     )
+
+
+def _read_atoms(entry: dict | None) -> AtomSnapshot | None:
+    """None also for a run that was recorded before there were atoms to see."""
+    if entry is None:
+        return None
+    sides = (
+        CodedSide(int(side.pop("first_token")), **{name: _array(value) for name, value in side.items()})
+        for side in (entry["keys"], entry["values"])
+    )
+    return AtomSnapshot(int(entry["probed_layer"]), _array(entry["coverage"]), *sides)
 
 
 def _read_step(values: Sequence) -> StepTrace:

@@ -26,6 +26,7 @@ from kvlens.ui.models import ModelHub
 from kvlens.ui.session import SessionStore
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+STYLE_SHEETS = ("style.css", "atoms.css")
 PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MAX_UPLOAD = "32mb"
@@ -65,7 +66,8 @@ def script() -> str:
 
 
 def stylesheet() -> str:
-    return palette.css_variables(list(available())) + (ASSETS / "style.css").read_text("utf-8")
+    sheets = [(ASSETS / name).read_text("utf-8") for name in STYLE_SHEETS]
+    return "\n".join([palette.css_variables(list(available())), *sheets])
 
 
 @cache

@@ -103,7 +103,13 @@ KVLens.memoryPanel = (root) => {
         pairs.push([words.used, KVLens.fill(words.of, { used, total: units.bytes(machine.device_total_bytes) })]);
       }
     }
-    beside.replaceChildren(...pairs.flatMap(([name, value]) => [make("dt", { text: name }), make("dd", { text: value })]));
+    for (const lane of payload.lanes.filter((one) => one.figures.shared_bytes)) {
+      const value = units.bytes(lane.figures.shared_bytes);
+      if (!pairs.some(([name, told]) => name === words.shared && told === value)) pairs.push([words.shared, value]);
+    }
+    beside.replaceChildren(...pairs.flatMap(([name, value]) => (name === words.shared
+      ? [make("dt", { text: name, title: words.shared_help }, make("small", { text: words.shared_note })), make("dd", { text: value })]
+      : [make("dt", { text: name }), make("dd", { text: value })])));
   }
 
   function drawProjection(payload) {

@@ -70,12 +70,21 @@ KVLens.errorPanel = (root, select) => {
       colorscale: colours.heat(), showscale: false, hoverongaps: false, xgap: isHead ? 2 : 0, ygap: isHead ? 2 : 0,
       hovertemplate: `${rowName} %{y} · ${words.axis[view.figure]} %{x}<br>${unit} %{z:.3f}<extra></extra>`,
     };
-    KVLens.plots.draw(node, [trace], KVLens.plots.layout({
+    const drawn = KVLens.plots.draw(node, [trace], KVLens.plots.layout({
       uirevision: view.figure, hovermode: "closest", plot_bgcolor: colours.css("exact-cell"),
       margin: { l: 40, r: 8, t: 4, b: 34 },
       xaxis: KVLens.plots.axis(words.axis[view.figure], { showgrid: false, ...(isHead ? { dtick: 1 } : { nticks: 6 }) }),
       yaxis: KVLens.plots.axis(rowName, { showgrid: false, nticks: 6, ...(grid.length <= 12 ? { dtick: 1 } : {}) }),
     }));
+    drawn.then(() => {
+      if (node.on && !node.dataset.isHeard) node.on("plotly_click", ({ points }) => pick(points[0].x));
+      node.dataset.isHeard = "yes";
+    });
+  }
+
+  // A token that is clicked on is taken apart in the atoms panel, where there is one.
+  function pick(token) {
+    if (KVLens.feed.latest.atoms && view.figure !== "heads") change({ token: Math.round(token) });
   }
 
   return (payload) => {

@@ -30,6 +30,7 @@ class ChatElements:
     clear: gr.Button
     sampling: list[gr.components.Component]
     panels: gr.HTML
+    atoms: gr.HTML
     address: gr.HTML
     download: gr.HTML
 
@@ -66,10 +67,12 @@ def draw(handlers: ChatHandlers, examples: list[dict[str, str]]) -> ChatElements
                 chats.append(_chat(lane_id, messages))
     prompt, send, stop, regenerate, edit, clear, sampling = _asking(examples)
     panels = mounted("kv-panels", "/* 'select' */ KVLens.panels", first.payload, elem_id="kv-panels")
+    # It draws from the same stream as the panels, and is below them, as wide as the page.
+    atoms = mounted("kv-atoms", "/* 'select' */ KVLens.atomsPanel", elem_id="kv-atoms")
     address = mounted("kv-silent", "KVLens.address", elem_classes="kv-silent-block")
     download = mounted("kv-silent", "KVLens.download", elem_classes="kv-silent-block")
     return ChatElements(
-        status, lanes, chats, prompt, send, stop, regenerate, edit, clear, sampling, panels, address, download
+        status, lanes, chats, prompt, send, stop, regenerate, edit, clear, sampling, panels, atoms, address, download
     )
 
 
@@ -149,7 +152,7 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     elements.stop.click(handlers.stop, None, shown, **quick)
     elements.edit.click(handlers.edit_last, None, shown, **quick)
     elements.clear.click(handlers.clear, None, shown, **quick)
-    elements.panels.select(handlers.select, None, elements.panels, **quick)
+    gr.on([elements.panels.select, elements.atoms.select], handlers.select, None, elements.panels, **quick)
     elements.status.replay(
         handlers.replay, None, shown, api_visibility="private", show_progress="hidden",
         concurrency_id="replay", concurrency_limit=8,
