@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", type=Path, default=SHIPPED_TEXT, help="what the dictionaries are learned from")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=80_000, help="tokens to learn dictionaries from")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=LearnOptions.num_tokens, help="tokens to learn dictionaries from")
+    parser.add_argument("--epochs", type=int, default=LearnOptions.epochs)
     parser.add_argument("--groups", nargs="+", help="only these groups of variants; nothing is saved then")
     options = parser.parse_args()
     wanted = [variant for variant in variants() if options.groups is None or variant.group in options.groups]

@@ -21,7 +21,7 @@ from kvlens.engine.dictionaries.store import (
 from kvlens.engine.errors import EngineError
 from kvlens.engine.model import LoadedModel, load_model
 
-DEFAULT_KINDS = ("pre-rope-1024-v2", "pre-rope-1024-v1-centred")
+DEFAULT_KINDS = ("pre-rope-4096-v2", "pre-rope-1024-v1-centred", "post-rope-1024-v1-centred")
 
 
 def main(arguments: list[str] | None = None) -> int:

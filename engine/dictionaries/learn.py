@@ -26,6 +26,9 @@ from kvlens.engine.model import LoadedModel
 
 SIDES = ("keys", "values")
 
+MOST_VECTORS = 200_000
+"""Vectors kept of each layer and side: models with many heads read less text, so that memory suffices."""
+
 _READING_SHARE = 0.25
 _HELD_OUT_SHARE = 0.05
 _COMPARED_VECTORS = 20_000
@@ -36,10 +39,10 @@ _MEASURED_VECTORS = 8192
 class LearnOptions:
     """How much is read and how long is learned. `sparsity` is of keys, and of values with all their parts."""
 
-    num_tokens: int = 100_000
+    num_tokens: int = 80_000
     row_tokens: int = 2048
     sparsity: int = 4
-    epochs: int = 3
+    epochs: int = 2
     merge: MergeLimits | None = None
 
     def recipe(self, kind: DictionaryKind, side: str) -> Recipe:
@@ -80,7 +83,8 @@ def learn(
     """
     options = options or LearnOptions()
     started = time.monotonic()
-    rows = calibration.rows_of(model, documents, num_tokens=options.num_tokens, row_tokens=options.row_tokens)
+    num_tokens = min(options.num_tokens, MOST_VECTORS // model.shape.num_kv_heads)
+    rows = calibration.rows_of(model, documents, num_tokens=num_tokens, row_tokens=options.row_tokens)
     _check_size(model, kinds, sum(map(len, rows)))
     for read in calibration.collect(model, rows):
         if isinstance(read, Collected):

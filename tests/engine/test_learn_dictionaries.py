@@ -1,5 +1,6 @@
 """From text to dictionaries: what is read, what is learned, stopping and going on, and the command line."""
 
+import gc
 import gzip
 import json
 
@@ -120,6 +121,21 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tiny_model, tmp_path):
     for one, other in zip(whole.dictionaries.keys, resumed[-1].dictionaries.keys, strict=True):
         torch.testing.assert_close(one, other)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_stopped_run_leaves_nothing_in_memory(tiny_model):
+    run = learn(tiny_model, DOCUMENTS, KINDS, OPTIONS)
+    next(step for step in run if step.stage == "learning")
+    assert any(isinstance(thing, Collected) for thing in gc.get_objects())
+    run.close()
+    gc.collect()
+    assert not any(isinstance(thing, Collected) for thing in gc.get_objects())
+
+
+def test_many_heads_read_less_text(tiny_model, monkeypatch):
+    monkeypatch.setattr("kvlens.engine.dictionaries.learn.MOST_VECTORS", 2 * 500)
+    *_, last = learn(tiny_model, DOCUMENTS, KINDS[:1], OPTIONS)
+    assert last.dictionaries.card["learned_from"]["tokens"] <= 500
 
 
 def test_other_text_does_not_go_on_from_this(tiny_model, tmp_path):
