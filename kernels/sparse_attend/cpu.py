@@ -191,8 +191,9 @@ def _kept(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> _Kept:
         elements = element_of(query), FP32, element_of(exact.keys)
         shape = CallShape(head_dim, heads, layout.page_tokens, num_sinks, *elements, has_lookups)
         key_atoms, value_atoms = (-(-number // NUM_LANES) * NUM_LANES for number in num_atoms)
-        table = torch.zeros(batch * num_query_heads, key_atoms)
-        accumulators = torch.zeros(batch * num_query_heads * parts, value_atoms)
+        with torch.inference_mode(False):  # a tensor made inside could not be written to outside
+            table = torch.zeros(batch * num_query_heads, key_atoms)
+            accumulators = torch.zeros(batch * num_query_heads * parts, value_atoms)
         lanes = lanes_of(heads)
         blocks = -(-heads // lanes)
         slots = max(layout.key_atoms, parts * layout.value_atoms)

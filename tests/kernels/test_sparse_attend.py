@@ -100,6 +100,13 @@ def test_query_and_window_may_differ_in_type(implementation):
     assert_close(run(implementation("sparse_attend"), mixed), run(reference.sparse_attend, mixed))
 
 
+def test_what_is_kept_serves_inside_and_outside_of_inference_mode(implementation):
+    inputs = build_sparse(SparseCase("modes", (90,), (70,), num_query_heads=6, head_dim=48))
+    with torch.inference_mode():
+        inside = run(implementation("sparse_attend"), inputs)
+    assert_close(run(implementation("sparse_attend"), inputs), inside)
+
+
 def test_threads_and_splits_do_not_change_the_result(implementation, monkeypatch):
     """One thread, three threads, and no OpenMP runtime: the same up to the order of additions."""
     inputs = build_sparse(SparseCase("threads", (4000, 70), (3840, 0), num_query_heads=6, head_dim=128))
