@@ -2,26 +2,27 @@
 
     python -m benchmarks.decode [--model NAME] [--contexts 256 1024 4096]
 
-Cells are filled, stepped and read as in the page's throughput lab (`engine/throughput.py`); only here the
-methods take one step each in turn, so that a busy moment of the machine hits all alike. The median counts.
-A context is its length after the last step; bytes are live bytes of the cache.
+Cells are filled, stepped and read as in the page's throughput lab (`engine/throughput.py`). All of them are
+measured in several rounds, so that a busy moment of the machine hits none alone; the median counts. A context is
+its length after the last step; bytes are live bytes of the cache.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
 from benchmarks import report
+from kvlens.engine import bridge, throughput
 from kvlens.engine.bench import Candidate, NetworkBench
-from kvlens.engine.errors import EngineError
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
-from kvlens.engine.throughput import TIMED_STEPS, WARM_UP_STEPS, FilledCell, plan_cells
+from kvlens.engine.throughput import TIMED_STEPS, WARM_UP_STEPS, plan_cells
+
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -36,57 +37,50 @@ class Row:
     cache_mb: float
 
 
-def hugging_face(model: LoadedModel, context: int) -> tuple[Callable[[], float], Callable[[], int]]:
-    """The same step with the model's own cache and torch's attention: its milliseconds, and the cache's bytes."""
+def hugging_face(model: LoadedModel, context: int) -> tuple[float, int]:
+    """Milliseconds of the same step with the model's own cache and torch's attention, and the cache's bytes."""
     cache = DynamicCache()
 
     def run(tokens: list[int]) -> float:
-        model.network.set_attn_implementation("sdpa")
         begin = time.perf_counter()
         with torch.inference_mode():
             model.network(torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
-        milliseconds = 1000 * (time.perf_counter() - begin)
-        model.network.set_attn_implementation("kvlens")
-        return milliseconds
+        return 1000 * (time.perf_counter() - begin)
 
-    run([40 + position % 50 for position in range(context - WARM_UP_STEPS - TIMED_STEPS)])
-    return (lambda: run([40])), lambda: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    model.network.set_attn_implementation("sdpa")
+    try:
+        run([40 + position % 50 for position in range(context - WARM_UP_STEPS - TIMED_STEPS)])
+        times = [run([40]) for _ in range(WARM_UP_STEPS + TIMED_STEPS)][WARM_UP_STEPS:]
+    finally:
+        model.network.set_attn_implementation(bridge.NAME)
+    return statistics.median(times), sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def measure(model: LoadedModel, context: int) -> list[Row]:
     """All methods at one context."""
-    bench = NetworkBench(model)
     candidates = [
         Candidate(preset, entry.name, config)
         for entry in available().values()
         for preset, config in entry.presets.items()
     ]
-    cells = []
-    for cell in plan_cells(candidates, [context], [1]):
-        try:
-            cells.append(FilledCell(bench, cell))
-            for _ in cells[-1].fill():
-                pass
-        except EngineError as error:
-            print(f"{cell.candidate.label} is left out: {error}")
-    step, held = hugging_face(model, context)
-    times = []
-    for number in range(WARM_UP_STEPS + TIMED_STEPS):
-        for cell in cells:
-            cell.step()
-        milliseconds = step()
-        if number >= WARM_UP_STEPS:
-            times.append(milliseconds)
-    found = [
-        (cell.cell.candidate.label, result.step_ms, result.kv_bytes) for cell in cells for result in [cell.result()]
+    cells = plan_cells(candidates, [context], [1])
+    found: dict[str, list[tuple[float, int]]] = {}
+    for number in range(ROUNDS):
+        *_, progress = throughput.measure(NetworkBench(model), cells)
+        for result in progress.results:
+            if result.status == "measured":
+                found.setdefault(result.label, []).append((result.step_ms, result.kv_bytes))
+            elif number == 0:
+                print(f"{result.label} is left out: {result.note}")
+        found.setdefault("Hugging Face DynamicCache, sdpa", []).append(hugging_face(model, context))
+    medians = {name: statistics.median(step_ms for step_ms, _ in rounds) for name, rounds in found.items()}
+    dense = next(iter(medians.values()))
+    return [
+        Row(name, context, median, 1000 / median, dense / median, found[name][0][1] / 1e6)
+        for name, median in medians.items()
     ]
-    found.append(("Hugging Face DynamicCache, sdpa", statistics.median(times), held()))
-    for cell in cells:
-        cell.close()
-    dense = found[0][1]
-    return [Row(name, context, median, 1000 / median, dense / median, size / 1e6) for name, median, size in found]
 
 
 def main() -> None:

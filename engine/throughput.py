@@ -24,7 +24,7 @@ from kvlens.engine.shape import ModelShape
 
 WARM_UP_STEPS = 4
 TIMED_STEPS = 100
-MIN_TIMED_STEPS = 8
+MIN_TIMED_STEPS = 5
 CELL_SECONDS = 1.5
 """A slow cell takes fewer steps: after this long the least number of them is enough."""
 

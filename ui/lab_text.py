@@ -62,8 +62,8 @@ CLIENT = {
         "whole batch, filled, stepped and timed on this machine."
     ),
     "subject": "Model",
-    "served": "{name}, served here",
-    "shape": "{name}, shape only",
+    "served": "{name} (served)",
+    "shape": "{name} (shape)",
     "shape_hint": (
         "No weights, no download: random tensors in the shape of {name}. On a GPU with room the whole network runs "
         "with random weights; elsewhere attention and cache alone do, some layers standing for all {layers}."
