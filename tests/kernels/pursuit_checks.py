@@ -69,7 +69,7 @@ def build_pursuit(case: PursuitCase, *, seed: int = 0, device: str = "cpu") -> t
     if case.atoms == "axes":
         dictionary = torch.eye(case.width)[: case.num_atoms]
     elif case.atoms == "duplicates":
-        dictionary[case.num_atoms // 2 :] = dictionary[: case.num_atoms - case.num_atoms // 2]
+        dictionary = dictionary[torch.arange(case.num_atoms) % -(-case.num_atoms // 2)]
     dictionary /= dictionary.norm(dim=1, keepdim=True)
     vectors = torch.randn(*case.leading, case.width, generator=random)
     if case.spread == "zeros":
