@@ -39,6 +39,8 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
     notice,
   );
 
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && isBusy() && root.offsetParent) onStop(); });
+
   // --- what is chosen -----------------------------------------------------------------------------
   const key = (choice) => JSON.stringify([choice.method, choice.preset]);
   const entry = () => offer.subjects.find((one) => one.id === chosen.subject);

@@ -99,7 +99,7 @@ def test_stop_keeps_what_is_measured(visitor):
     choose(visitor, contexts=["256", "512", "1k"], batches=[1, 2, 4, 8])
     visitor.page.click(".kv-lab-go")
     visitor.wait("KVLens.lab.latest.progress && KVLens.lab.latest.progress.done >= 2")
-    visitor.page.click(".kv-lab-stop")
+    visitor.page.keyboard.press("Escape")
     visitor.wait(f"{STATE} === 'stopped'")
     progress = visitor.page.evaluate("KVLens.lab.latest.progress")
     assert 2 <= progress["done"] < progress["total"] == 24
