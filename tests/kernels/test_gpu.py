@@ -215,6 +215,11 @@ def test_sparse_attend(case):
     check_sparse(case, "cuda")
 
 
+def test_sparse_attend_of_any_layout():
+    any_layout = pytest.importorskip("any_layout", reason="hypothesis is not installed")
+    any_layout.check_any_sparse_layout("cuda", max_examples=30)
+
+
 @pytest.mark.parametrize("coefficient_bits", [6, 16])
 @pytest.mark.parametrize("value_parts", [1, 2])
 @pytest.mark.parametrize("num_kv_heads", [8, 32])

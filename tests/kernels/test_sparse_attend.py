@@ -6,6 +6,7 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
+from any_layout import any_sparse_case
 from cases import LOG_SUM_EXP_TOLERANCE, OUTPUT_TOLERANCES
 from hypothesis import HealthCheck, given, settings
 from sparse_cases import SparseCase, build_sparse, sparse_cases
@@ -47,34 +48,7 @@ def test_the_reference_restores_what_the_codes_stand_for(case):
             torch.testing.assert_close(got[:, sinks : sinks + count], expected[row, :, :count], atol=1e-5, rtol=1e-5)
 
 
-@st.composite
-def drawn_cases(draw) -> SparseCase:
-    """Any batch, in few formats: each is compiled anew."""
-    num_sinks = draw(st.integers(0, 6))
-    lengths = draw(st.lists(st.integers(0, 500), min_size=1, max_size=3))
-    num_kv_heads, parts = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
-    return SparseCase(
-        name="drawn",
-        lengths=tuple(lengths),
-        num_coded=tuple(draw(st.integers(0, max(0, length - num_sinks))) for length in lengths),
-        num_query_heads=num_kv_heads * draw(st.sampled_from([1, 2, 5])),
-        num_kv_heads=num_kv_heads,
-        head_dim=draw(st.sampled_from([16, 64])),
-        key_atoms=3,
-        value_atoms=4,
-        value_parts=parts,
-        coefficient_bits=draw(st.sampled_from([6, 16])),
-        num_key_atoms=draw(st.integers(1, 1024)),
-        num_value_atoms=draw(st.integers(1, 1024)),
-        page_tokens=draw(st.integers(1, 100)),
-        num_sinks=num_sinks,
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        spread=draw(st.sampled_from(["normal", "equal", "outliers"])),
-        strides=draw(st.sampled_from(["contiguous", "sliced"])),
-    )
-
-
-@given(case=drawn_cases(), seed=st.integers(0, 2**20))
+@given(case=any_sparse_case(), seed=st.integers(0, 2**20))
 @BOUNDED
 def test_agrees_with_the_reference_on_any_batch(implementation, case, seed):
     inputs = build_sparse(case, seed=seed)

@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from operator import attrgetter
 
-    from any_layout import check_any_layout
+    from any_layout import check_any_layout, check_any_sparse_layout
     from cases import quantize_cases
     from pursuit_checks import MODES, check_pursuit, pursuit_cases
     from triton_checks import check_attend, check_quantize, check_sparse, triton_cases, triton_sparse_cases
@@ -52,6 +52,9 @@ else:
     @pytest.mark.parametrize("case", [case for case in triton_sparse_cases() if case.name not in LEFT_OUT], ids=name)
     def test_sparse_attend(case):
         check_sparse(case, "cpu")
+
+    def test_sparse_attend_of_any_layout():
+        check_any_sparse_layout("cpu", max_examples=10)
 
     @pytest.mark.parametrize("case", [case for case in quantize_cases() if case.name not in LEFT_OUT], ids=name)
     def test_quantize_pack(case):
