@@ -29,6 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "none" if is_public else None,
         help="comma-separated models that visitors may choose; 'none' fixes the model",
     )
+    option("--learning", "on", choices=("on", "off"), help="whether visitors may have dictionaries learned on the page")
     return parser.parse_args(arguments)
 
 
@@ -41,7 +42,8 @@ def main() -> None:
 
     budget_bytes = None if options.kv_budget is None else options.kv_budget * 2**20
     request = ModelRequest(options.model, options.device, options.dtype, options.max_context, budget_bytes)
-    serve(ModelHub(request, offered=parse_offer(options.offer_models)), host=options.host, port=options.port)
+    hub = ModelHub(request, offered=parse_offer(options.offer_models), can_learn=options.learning == "on")
+    serve(hub, host=options.host, port=options.port)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import gradio as gr
 
+from kvlens.engine.dictionaries.store import MissingDictionary
 from kvlens.engine.errors import EngineError
-from kvlens.ui import address, controls, frames, library, runner, text
+from kvlens.ui import address, controls, frames, learning, library, runner, text
 from kvlens.ui.address import Sampling, Settings, make_sampling
 from kvlens.ui.heat import View
 from kvlens.ui.library import Library
@@ -70,9 +71,13 @@ class ChatHandlers:
         session = self._session(request)
         if session.ticket is not None:
             return self._keep()
+        session.is_prompt_held = False
         try:
             self._check_prompt(prompt)
             session.ticket = self._ticket(prompt, lane_a, lane_b, (system, max_new, temperature, top_p, seed))
+        except MissingDictionary as error:
+            session.is_prompt_held = True
+            return self._say(session, text.prompt_held(self.hub.model.name, error.kind.name))
         except ValueError as error:
             return self._say(session, str(error))
         return self._asked(session)
@@ -86,6 +91,8 @@ class ChatHandlers:
         try:
             sampling = (system, max_new, temperature, top_p, seed)
             session.ticket = self._ticket(session.turns[-1].prompt, lane_a, lane_b, sampling)
+        except MissingDictionary as error:
+            return self._say(session, text.prompt_held(self.hub.model.name, error.kind.name))
         except ValueError as error:
             return self._say(session, str(error))
         session.ticket.replaced = session.turns.pop()
@@ -166,6 +173,9 @@ class ChatHandlers:
         if self.hub.model is not None:
             for choice in lanes.values():
                 choice.config.check(self.hub.model.shape)
+                missing = learning.lacking(self.hub, choice)
+                if missing is not None:
+                    raise missing
         return Ticket(prompt, lanes, sampling_of(sampling))
 
     # --- the error panel's view, recorded runs, files ------------------------------------------------
@@ -281,7 +291,10 @@ class ChatHandlers:
     def _address(self, settings: Settings, values: dict[str, str] | None = None) -> str:
         shape = self.hub.model.shape if self.hub.model else None
         values = values or {lane_id: choice.to_json() for lane_id, choice in settings.lanes.items()}
-        remarks = {lane_id: controls.remarks(value, shape) for lane_id, value in values.items()}
+        remarks = {
+            lane_id: controls.remarks(value, shape) | learning.remark(self.hub, value)
+            for lane_id, value in values.items()
+        }
         return json.dumps({"query": address.write(settings), "remarks": remarks})
 
     # --- the model ------------------------------------------------------------------------------------

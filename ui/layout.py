@@ -8,6 +8,7 @@ import gradio as gr
 from kvlens.ui import api, text
 from kvlens.ui.handlers import ChatHandlers
 from kvlens.ui.lab_handlers import LabHandlers
+from kvlens.ui.learn_handlers import LearnHandlers
 from kvlens.ui.tabs import about, chat, lab
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "assets" / "examples.json"
@@ -22,7 +23,7 @@ def read_examples(path: Path = EXAMPLES) -> list[dict[str, str]]:
     return [entry for entry in entries if entry.get("label") and entry.get("prompt")]
 
 
-def build(handlers: ChatHandlers, labs: LabHandlers, *, address: str) -> gr.Blocks:
+def build(handlers: ChatHandlers, learners: LearnHandlers, labs: LabHandlers, *, address: str) -> gr.Blocks:
     """The whole page, wired."""
     with gr.Blocks(title=text.TITLE, analytics_enabled=False, fill_width=True) as demo:
         header = chat.mounted("kv-header", HEADER_EVENTS, handlers.header(), elem_id="kv-header")
@@ -30,6 +31,7 @@ def build(handlers: ChatHandlers, labs: LabHandlers, *, address: str) -> gr.Bloc
             with gr.Tab(text.TAB_CHAT, id="chat", elem_id="kv-tab-chat"):
                 elements = chat.draw(handlers, read_examples())
                 chat.wire(elements, header, handlers, demo)
+                chat.wire_learning(elements, learners)
             with gr.Tab(text.TAB_LAB, id="lab") as lab_tab:
                 lab.wire(lab.draw(), lab_tab, labs)
             with gr.Tab(text.TAB_ABOUT, id="about"):

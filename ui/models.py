@@ -59,10 +59,12 @@ class ModelHub:
     """The model in service and how far the next one has come.
 
     `offered` None lets a person name any model; a list allows these alone; an empty list fixes the model.
+    `can_learn`: visitors may have dictionaries learned.
     """
 
     request: ModelRequest
     offered: Sequence[str] | None = None
+    can_learn: bool = True
     load: Callable[..., Any] = load_with_engine
     model: "LoadedModel | None" = None
     progress: str = ""

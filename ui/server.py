@@ -21,6 +21,7 @@ from kvlens.engine.registry import available
 from kvlens.ui import controls, lab_text, layout, palette, text
 from kvlens.ui.handlers import ChatHandlers
 from kvlens.ui.lab_handlers import LabHandlers
+from kvlens.ui.learn_handlers import LearnHandlers
 from kvlens.ui.library import Library
 from kvlens.ui.models import ModelHub
 from kvlens.ui.session import SessionStore
@@ -152,7 +153,9 @@ def create_app(hub: ModelHub, *, host: str, port: int, runs: Library | None = No
     store = SessionStore()
     handlers = ChatHandlers(hub, store, runs or Library())
     shown_host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    demo = layout.build(handlers, LabHandlers(hub, store), address=f"http://{shown_host}:{port}/")
+    demo = layout.build(
+        handlers, LearnHandlers(hub, store), LabHandlers(hub, store), address=f"http://{shown_host}:{port}/"
+    )
     app.state.sessions = store
     return gr.mount_gradio_app(
         app, demo, path="/", theme=theme(), css=stylesheet(), head=head(), footer_links=[], run_history=False,

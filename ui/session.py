@@ -19,6 +19,7 @@ from kvlens.ui.recording import Recording
 if TYPE_CHECKING:
     from kvlens.engine.compare import Comparison
     from kvlens.ui.lab_plan import LabRun
+    from kvlens.ui.learning import LearnRun
 
 MAX_SESSIONS = 64
 CACHE_IDLE_SECONDS = 10 * 60
@@ -52,7 +53,7 @@ class Ticket:
 
 @dataclass
 class Session:
-    """One open page."""
+    """One open page. `is_prompt_held`: the last prompt stays in its box until a lane has its dictionary."""
 
     turns: list[Turn] = field(default_factory=list)
     ticket: Ticket | None = None
@@ -61,6 +62,8 @@ class Session:
     is_own_run: bool = False
     comparison: "Comparison | None" = None
     lab: "LabRun | None" = None
+    learning: "LearnRun | None" = None
+    is_prompt_held: bool = False
     last_seen: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
@@ -142,8 +145,9 @@ class SessionStore:
             session = self._sessions.pop(key, None)
         if session is not None:
             session.stop()
-            if session.lab is not None:
-                session.lab.stop.set()
+            for run in (session.lab, session.learning):
+                if run is not None:
+                    run.stop.set()
             if session.ticket is None:
                 session.free()
 

@@ -68,6 +68,30 @@ def context_full(limit: int) -> str:
     return f"The context is full: {count_text(limit)} tokens, prompt and answers together. Clear the chat to go on."
 
 
+LEARN_NOT_WHOLE = "The request to learn did not arrive whole; reload the page."
+LEARN_REFUSED = "This page does not learn dictionaries."
+LEARNING_OFF = "This page does not learn dictionaries. {reason}"
+
+
+def lane_lacks(model: str, kind: str) -> str:
+    return f"No dictionary {kind} has been learned for {model} yet: the atoms that this lane's codes are made of."
+
+
+def prompt_held(model: str, kind: str) -> str:
+    return f"No dictionary {kind} has been learned for {model} yet. Learn it in its lane, or choose other settings."
+
+
+def learn_text_too_long(length: int, limit: int) -> str:
+    return f"This text has {count_text(length)} characters; learning takes up to {count_text(limit)}. Shorten it."
+
+
+def learn_too_slow(seconds: float, kind: str) -> str:
+    return (
+        f"Learning took longer than the {seconds / 60:.0f} minutes that this page allows. On your own machine, run: "
+        f"python -m kvlens.engine.dictionaries train --kind {kind}"
+    )
+
+
 def recorded_label(model: str, device: str, date: str) -> str:
     return f"Recorded run: {model}, {device}, {date}"
 
@@ -153,6 +177,23 @@ CLIENT = {
         "bytes_help": "Bytes that the stored keys and values occupy now, and how many times smaller than plain fp16.",
         "speed_help": "Tokens per second of this lane's own decode steps, without the other lane's turns.",
         "jump": "Show the token where the answers part",
+    },
+    "learn": {
+        "go": "Learn it here",
+        "again": "Learn it again",
+        "stop": "Stop",
+        "busy": "Another dictionary is being learned on this page; this one can follow it.",
+        "own_text": "From a text of your own",
+        "own_text_hint": "Optional, and best if like what you will ask. Without it, KVLens reads a text of its own.",
+        "added_text_hint": "Optional, up to {n} characters. It is read together with KVLens' own text.",
+        "about": "The model reads a text, and atoms are learned from its keys and values. Minutes, once for a model.",
+        "waiting": "Waiting for the engine: another run goes first.",
+        "reading": "Reading the text …",
+        "learning": "Layer {layer}, {side}: {error} of the squared norm missing so far",
+        "starting": "Layer {layer}, {side}",
+        "stopped": "Stopped. Nothing was kept.",
+        "done": "Learned. This lane is ready.",
+        "progress": "Learning",
     },
     "chat": {
         "recorded_hint": "Nothing is computed yet. Send a prompt to run it here.",

@@ -127,7 +127,7 @@ KVLens.atomsPanel = (component) => {
         line: { color: colour, width: 2, shape: "hvh" },
       });
       KVLens.plots.draw(vector.plot, traces, KVLens.plots.layout({
-        margin, ...legend, xaxis: KVLens.plots.axis(words.channel, { range: [-0.5, width - 0.5], nticks: 8, fixedrange: true, showgrid: false }),
+        margin, showlegend: true, legend: { ...legend.legend, x: 0, xanchor: "left" }, xaxis: KVLens.plots.axis(words.channel, { range: [-0.5, width - 0.5], nticks: 8, fixedrange: true, showgrid: false }),
         yaxis: KVLens.plots.axis("", { range: [-1.05 * peak, 1.05 * peak], nticks: 5, fixedrange: true }),
       }));
       drawSteps(entry, own, shown);

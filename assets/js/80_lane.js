@@ -119,7 +119,7 @@ KVLens.lane = (component, laneId) => {
   const jump = make("button", { type: "button", class: "kv-parting", title: words.jump, on: { click: () => KVLens.showParting(laneId) } });
   const story = make("span");
   status.append(jump, story);
-  root.append(make("div", { class: "kv-figures" }, speed.root, bytes.root, bits.root), status);
+  root.append(make("div", { class: "kv-figures" }, speed.root, bytes.root, bits.root), status, KVLens.learnBox(laneId, () => value));
 
   function drawFigures(payload) {
     const lane = payload.lanes.find((one) => one.id === laneId);

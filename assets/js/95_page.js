@@ -45,6 +45,7 @@ KVLens.address = (component) => {
   });
   const note = () => { if (isRestored) component.trigger("apply"); };
   KVLens.onModel(note);
+  KVLens.onLearning((word) => { if (word.state === "done") note(); });
   KVLens.feed.listen((payload) => {
     if (payload.state !== "done" || payload.run_id === noted) return;
     noted = payload.run_id;

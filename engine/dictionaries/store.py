@@ -32,11 +32,11 @@ _TOLERANCE = 0.01
 
 
 class MissingDictionary(EngineError):
-    """No dictionary of `kind` was learned for this model. `reason` is the sentence without the command to learn it."""
+    """No dictionary of `kind` was learned for this model."""
 
-    def __init__(self, kind: "DictionaryKind", reason: str, command: str) -> None:
-        super().__init__(f"{reason}. Learn it with: {command}")
-        self.kind, self.reason = kind, reason
+    def __init__(self, kind: "DictionaryKind", sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ class DictionaryStore:
             names = ", ".join(sorted({found.model_name for found in stored}))
             reason += f" (the one found is of another model: {names})"
         command = f"python -m kvlens.engine.dictionaries train --model {self.model_name} --kind {kind.name}"
-        raise MissingDictionary(kind, reason, command)
+        raise MissingDictionary(kind, f"{reason}. Learn it with: {command}")
 
 
 def stored_sets(folders: Sequence[Path]) -> list[StoredSet]:

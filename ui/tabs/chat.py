@@ -8,6 +8,7 @@ import gradio as gr
 from kvlens.ui import controls, text
 from kvlens.ui.address import LIMITS, Sampling
 from kvlens.ui.handlers import ChatHandlers
+from kvlens.ui.learn_handlers import LearnHandlers
 
 ENGINE_QUEUE = "engine"
 """Everything that computes shares this queue, one at a time: a run must not spoil another's clock."""
@@ -31,6 +32,7 @@ class ChatElements:
     sampling: list[gr.components.Component]
     panels: gr.HTML
     atoms: gr.HTML
+    learning: gr.HTML
     address: gr.HTML
     download: gr.HTML
 
@@ -69,11 +71,13 @@ def draw(handlers: ChatHandlers, examples: list[dict[str, str]]) -> ChatElements
     panels = mounted("kv-panels", "/* 'select' */ KVLens.panels", first.payload, elem_id="kv-panels")
     # It draws from the same stream as the panels, and is below them, as wide as the page.
     atoms = mounted("kv-atoms", "/* 'select' */ KVLens.atomsPanel", elem_id="kv-atoms")
+    learning = mounted("kv-silent", "/* 'learn' 'stop' */ KVLens.learning", elem_classes="kv-silent-block")
     address = mounted("kv-silent", "KVLens.address", elem_classes="kv-silent-block")
     download = mounted("kv-silent", "KVLens.download", elem_classes="kv-silent-block")
     return ChatElements(
-        status, lanes, chats, prompt, send, stop, regenerate, edit, clear, sampling, panels, atoms, address, download
-    )
+        status, lanes, chats, prompt, send, stop, regenerate, edit, clear, sampling, panels, atoms, learning, address,
+        download,
+    )  # fmt: skip
 
 
 def _chat(lane_id: str, messages) -> gr.Chatbot:
@@ -174,3 +178,13 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
         concurrency_id="watch", concurrency_limit=64,
     )  # fmt: skip
     demo.unload(handlers.leave)
+
+
+def wire_learning(elements: ChatElements, handlers: LearnHandlers) -> None:
+    """Connect the learning of dictionaries, in the queue of everything that computes."""
+    quick = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    slow = {"api_visibility": "private", "show_progress": "hidden", "concurrency_id": ENGINE_QUEUE}
+    learning = elements.learning
+    asked = learning.learn(handlers.ask, None, learning, **quick)
+    asked.then(handlers.learn, None, learning, concurrency_limit=1, **slow)
+    learning.stop(handlers.stop, None, learning, **quick)
