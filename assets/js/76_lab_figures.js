@@ -113,9 +113,10 @@ KVLens.labFigures = ({ onSave }) => {
   // Lines of measured cells over `numbers`, and below them a cross wherever a cell does not fit the budget.
   function lines(plot, { numbers, pick, value, low, high, xaxis, title, unit }) {
     const traces = [];
-    let top = 0;
+    let [bottom, top] = [Infinity, 0];
     run.methods.forEach((_, index) => {
       const cells = numbers.map((number) => pick(index, number)).filter((cell) => cell?.status === "measured");
+      bottom = Math.min(bottom, ...cells.map(low));
       top = Math.max(top, ...cells.map(high));
       traces.push({
         type: "scatter", mode: "lines+markers", name: KVLens.escape(name(index)), x: cells.map(xaxis.of), y: cells.map(value),
@@ -124,20 +125,26 @@ KVLens.labFigures = ({ onSave }) => {
         hovertemplate: `%{y:,.4~g} ${unit}`,
       });
     });
+    // Methods that lie far apart share an axis that shows them all.
+    const isWide = top > 25 * bottom;
     top = top || 1;
+    const [start, end] = isWide ? [Math.log10(bottom / 2.2), Math.log10(top * 1.5)] : [0, top * 1.12];
+    const level = (share) => (isWide ? 10 ** (start + share * (end - start)) : share * end);
     const marks = new Map();
     run.methods.forEach((_, index) => {
       const cells = numbers.map((number) => pick(index, number)).filter((cell) => cell?.status === "over budget");
-      const level = (cell) => { const count = marks.get(xaxis.of(cell)) || 0; marks.set(xaxis.of(cell), count + 1); return top * (0.05 + 0.07 * count); };
+      const place = (cell) => { const count = marks.get(xaxis.of(cell)) || 0; marks.set(xaxis.of(cell), count + 1); return level(0.05 + 0.07 * count); };
       traces.push({
-        type: "scatter", mode: "markers", name: KVLens.escape(name(index)), x: cells.map(xaxis.of), y: cells.map(level),
+        type: "scatter", mode: "markers", name: KVLens.escape(name(index)), x: cells.map(xaxis.of), y: cells.map(place),
         marker: { symbol: "x", size: 10, color: colour(index) }, text: cells.map((cell) => `${words.over}: ${units.bytes(cell.kv_bytes)}`), hovertemplate: "%{text}", showlegend: false,
       });
     });
     KVLens.plots.draw(plot, traces, KVLens.plots.layout({
       margin: { l: 52, r: 12, t: 30, b: 40 }, ...LEGEND,
       xaxis: logAxis(xaxis.title, numbers, xaxis.show),
-      yaxis: KVLens.plots.axis(title + (isAttention() ? words.attention_suffix : ""), { range: [0, top * 1.12], nticks: 6, fixedrange: true }),
+      yaxis: KVLens.plots.axis(title + (isAttention() ? words.attention_suffix : ""), {
+        type: isWide ? "log" : "linear", range: [start, end], nticks: 6, fixedrange: true,
+      }),
     }));
   }
 
