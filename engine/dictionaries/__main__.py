@@ -21,6 +21,9 @@ from kvlens.engine.dictionaries.store import (
 from kvlens.engine.errors import EngineError
 from kvlens.engine.model import LoadedModel, load_model
 
+EMBEDDED_NAMES = ("embedded", "embedded model")
+"""The second is what the page calls it, and so what its advice says."""
+
 DEFAULT_KINDS = ("pre-rope-4096-v2", "pre-rope-1024-v1-centred", "post-rope-1024-v1-centred")
 
 
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
-    return load_model(None if options.model == "embedded" else options.model, device=options.device)
+    return load_model(None if options.model in EMBEDDED_NAMES else options.model, device=options.device)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -271,40 +272,46 @@ class DictionaryStore:
     def find(self, kind: DictionaryKind) -> DictionarySet:
         """The dictionaries of `kind`. Raises: MissingDictionary, whose sentence has the command to learn them."""
         if kind not in self._loaded:
-            self._loaded[kind] = self._own(kind).load()
+            self._loaded[kind] = self._first(kind).load()
         return self._loaded[kind]
 
     def check(self, kind: DictionaryKind) -> None:
         """Reads no atoms. Raises: MissingDictionary, as `find` would."""
         if kind not in self._loaded:
-            self._own(kind)
+            self._first(kind)
 
     def save(self, dictionaries: DictionarySet) -> Path:
         """Keep a set of this model, in place of an older one of its kind; gives the file."""
-        path = self.folders[0] / f"{_slug(self.model_name)}--{dictionaries.kind.name}.safetensors"
+        kind = dictionaries.kind
+        path = self.folders[0] / f"{_slug(self.model_name)}--{kind.name}.safetensors"
+        # A model may be called by its folder today and by its id tomorrow.
+        older = [found.path for found in self._own(kind, self.folders[:1]) if found.path != path]
         write(dictionaries, self.fingerprint, path)
-        self._loaded.pop(dictionaries.kind, None)
+        for replaced in older:
+            replaced.unlink()
+        self._loaded.pop(kind, None)
         return path
 
     def available(self) -> list[DictionaryKind]:
         """The kinds that `find` finds."""
-        found = (stored for stored in self._stored() if matches(stored.fingerprint, self.fingerprint))
+        found = (stored for stored in stored_sets(self.folders) if matches(stored.fingerprint, self.fingerprint))
         return list(dict.fromkeys(stored.kind for stored in found))
 
-    def _stored(self) -> list[StoredSet]:
-        """Every readable set in the folders, in their order."""
-        return list(stored_sets(self.folders))
+    def _own(self, kind: DictionaryKind, folders: Sequence[Path]) -> list[StoredSet]:
+        """This model's sets of `kind`."""
+        stored = (found for found in stored_sets(folders) if found.kind == kind)
+        return [found for found in stored if matches(found.fingerprint, self.fingerprint)]
 
-    def _own(self, kind: DictionaryKind) -> StoredSet:
-        stored = [found for found in self._stored() if found.kind == kind]
-        own = [found for found in stored if matches(found.fingerprint, self.fingerprint)]
+    def _first(self, kind: DictionaryKind) -> StoredSet:
+        own = self._own(kind, self.folders)
         if own:
             return own[0]
+        stored = [found for found in stored_sets(self.folders) if found.kind == kind]
         reason = f"{self.model_name} has no dictionary {kind.name} yet"
         if stored:
             names = ", ".join(sorted({found.model_name for found in stored}))
             reason += f" (the one found is of another model: {names})"
-        command = f"python -m kvlens.engine.dictionaries train --model {self.model_name} --kind {kind.name}"
+        command = f"python -m kvlens.engine.dictionaries train --model {quote(self.model_name)} --kind {kind.name}"
         raise MissingDictionary(kind, f"{reason}. Learn it with: {command}")
 
 

@@ -71,6 +71,15 @@ def test_a_set_is_read_once_and_again_after_saving(tmp_path, mark):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_set_saved_under_another_name_replaces_the_older(tmp_path, mark):
+    DictionaryStore([tmp_path], mark, model_name="folder").save(make_set())
+    DictionaryStore([tmp_path], mark + 9, model_name="stranger").save(make_set())
+    path = DictionaryStore([tmp_path], mark, model_name="some/model").save(make_set())
+    assert {found.path.name for found in stored_sets([tmp_path])} == {
+        path.name, f"stranger--{KIND.name}.safetensors"
+    }  # fmt: skip
+
+
 def test_what_is_missing_is_said_with_the_command(tmp_path, mark):
     store = DictionaryStore([tmp_path / "absent"], mark, model_name="some/model")
     for ask in (store.find, store.check):
