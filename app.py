@@ -36,7 +36,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     os.environ["KERNELS"] = options.kernels
+    print("KVLens starts: loading torch, transformers and the page", flush=True)
 
+    import kvlens.ui  # noqa: F401  before torch is loaded: says how its threads wait
+    from kvlens.engine import light_imports
+
+    light_imports.load()
     from kvlens.ui.models import ModelHub, ModelRequest, parse_offer
     from kvlens.ui.server import serve
 

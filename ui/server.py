@@ -166,7 +166,7 @@ def create_app(hub: ModelHub, *, host: str, port: int, runs: Library | None = No
 
 def serve(hub: ModelHub, *, host: str, port: int) -> None:
     """Run until interrupted. The model loads meanwhile."""
-    app = create_app(hub, host=host, port=port)
     hub.start()
+    app = create_app(hub, host=host, port=port)
     print(text.SERVING.format(address=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"), flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")
