@@ -5,6 +5,7 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
   const { make, setText, units } = KVLens;
   const words = KVLens.text.lab;
   const root = make("section", { class: "kv-panel kv-lab-plan" });
+  root.hidden = true;
   let [offer, state, ownBudget] = [null, "idle", null];
   const chosen = { subject: null, choices: new Set(), contexts: new Set(), batch_sizes: new Set() };
   const isBusy = () => state === "waiting" || state === "running";
@@ -17,10 +18,10 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
   const batches = make("div", { class: "kv-lab-pills" });
   const budget = make("input", {
     type: "number", min: 1, step: "any", "aria-label": `${words.budget} (MB)`,
-    on: { change: () => { ownBudget = Number(budget.value) > 0 ? Math.round(Number(budget.value) * 1e6) : null; draw(); } },
+    on: { change: () => { ownBudget = Number(budget.value) > 0 ? Math.round(Number(budget.value) * 1e6) : null; drawBudget(); } },
   });
   const budgetNote = make("small");
-  const automatic = make("button", { type: "button", class: "kv-quiet", text: words.budget_reset, on: { click: () => { ownBudget = null; draw(); } } });
+  const automatic = make("button", { type: "button", class: "kv-quiet", text: words.budget_reset, on: { click: () => { ownBudget = null; drawBudget(); } } });
   const field = (label, ...content) => make("div", { class: "kv-lab-field" }, make("h4", { text: label }), ...content);
 
   const go = make("button", { type: "button", class: "kv-strong kv-lab-go", on: { click: () => onMeasure(plan()) } });
@@ -65,6 +66,7 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
   function start(next) {
     const isFirst = offer === null;
     offer = next;
+    root.hidden = false;
     if (isFirst) {
       for (const choice of offer.defaults.choices) chosen.choices.add(key(choice));
       for (const tokens of offer.defaults.contexts) chosen.contexts.add(tokens);
@@ -75,10 +77,18 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
 
   // --- drawing ------------------------------------------------------------------------------------
   function pill(label, set, value, isOff = false) {
-    return make("button", {
+    const button = make("button", {
       type: "button", class: "kv-pill", text: label, "aria-pressed": String(set.has(value) && !isOff), disabled: isOff || isBusy() ? "" : null,
-      on: { click: () => { if (!set.delete(value)) set.add(value); draw(); } },
+      on: { click: toggle },
     });
+    // The button stays the same one: it keeps the focus, and a second click its target.
+    function toggle() {
+      if (!set.delete(value)) set.add(value);
+      button.setAttribute("aria-pressed", String(set.has(value)));
+      drawBudget();
+      drawRun(last);
+    }
+    return button;
   }
   function drawFields() {
     subject.replaceChildren(...offer.subjects.map((one) => make("option", {
@@ -89,10 +99,13 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
       make("i", { class: "kv-dot" }), ...Object.keys(method.presets).map((preset) => pill(preset, chosen.choices, key({ method: method.name, preset }))))));
     contexts.replaceChildren(...offer.contexts.map((tokens) => pill(units.context(tokens), chosen.contexts, tokens, tokens > entry().max_context)));
     batches.replaceChildren(...offer.batch_sizes.map((size) => pill(`${size}`, chosen.batch_sizes, size)));
+    drawBudget();
+    for (const box of [subject, budget]) box.disabled = isBusy();
+  }
+  function drawBudget() {
     if (document.activeElement !== budget) budget.value = limitBytes() / 1e6;
     setText(budgetNote, ownBudget !== null ? words.budget_own : hasSizes() ? words.budget_auto : words.budget_whole);
     automatic.hidden = ownBudget === null;
-    for (const box of [subject, budget]) box.disabled = isBusy();
   }
   function drawRun(payload) {
     const [cells, limit, progress] = [numCells(), offer.bounds.max_cells, payload.progress];
@@ -116,7 +129,7 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
     return left === null ? cell : `${cell} · ${KVLens.fill(words.left, { time: left < 1.5 ? "1 s" : left < 90 ? `${Math.round(left)} s` : `${Math.round(left / 60)} min` })}`;
   }
 
-  let [last, drawnFor] = [{}, ""];
+  let [last, wasBusy] = [{}, false];
   function draw() {
     if (offer === null) return;
     drawFields();
@@ -129,10 +142,8 @@ KVLens.labControls = ({ onMeasure, onStop }) => {
       state = payload.state;
       if (payload.offer) start(payload.offer);
       if (offer === null) return;
-      // Buttons under a pointer are made anew only when something about them changed.
-      const now = `${isBusy()} ${JSON.stringify(payload.offer || "")}`;
-      if (now !== drawnFor) drawFields();
-      drawnFor = now;
+      if (payload.offer || wasBusy !== isBusy()) drawFields();
+      wasBusy = isBusy();
       drawRun(payload);
     },
     get steps() { return offer?.steps; },

@@ -14,7 +14,7 @@ WHITE_BLOCKS = """() => [...document.querySelectorAll('.kv-lab *')].filter((node
 def open_lab(visitor, query=""):
     visitor.open(query)
     visitor.page.get_by_role("tab", name="Throughput").click()
-    visitor.page.wait_for_selector(".kv-lab-go:not([hidden])")
+    visitor.page.wait_for_selector(".kv-pill")
 
 
 def choose(visitor, *, contexts, batches, methods=("fp16, exact", "KIVI-2 (paper)")):
