@@ -66,7 +66,7 @@ def coded_tokens(task, here, page, following, offset, num_tokens, factors, resul
         rows = results if is_keys else factors
         call(side(here, "coded"), (
             page[0], side(here, "codes_row_stride"), page[1], side(here, "scale_row_stride"), following[0],
-            num_tokens, table, field(arguments, "accumulator_part_bytes"),
+            following[1], num_tokens, table, field(arguments, "accumulator_part_bytes"),
             rows.address + offset * rows.token_step + first * rows.head_stride, rows.head_stride,
             task.scratch + blocks * row_bytes * lanes,
         ))  # fmt: skip

@@ -67,7 +67,7 @@ class CodeFormat:
 class CodeArguments:
     """The parameters of a kernel: addresses, counts, and strides in bytes.
 
-    Shapes: words int16 `[slots, tokens]`; coefficients fp16, the same or (packed) `[tokens]`; `next_words` is
+    Shapes: words int16 `[slots, tokens]`; coefficients fp16, the same or (packed) `[tokens]`; `next_*` is
     what the next call reads, to prefetch; table fp32 `[parts, atoms, lanes]`, `part_stride` bytes a part; rows
     fp32 `[num_heads, tokens]`, scores to write (up to fifteen more than there are tokens) or probabilities to
     read; scratch of `block_bytes`.
@@ -78,6 +78,7 @@ class CodeArguments:
     coefficients: ir.Value
     coefficients_stride: ir.Value
     next_words: ir.Value
+    next_coefficients: ir.Value
     num_tokens: ir.Value
     table: ir.Value
     part_stride: ir.Value
@@ -113,22 +114,26 @@ def _for_each_block(builder, num_tokens: ir.Value, emit) -> None:
 
 def _atoms(builder, given: CodeArguments, form: CodeFormat, block: _Block, slot: int) -> tuple[Lanes, Lanes]:
     """Indices (int32) and codes or coefficients (fp32) of one slot of a block; 0 and 0 past its end."""
-    here = _plus(builder, _plus(builder, given.words, slot, given.words_stride), block.token, 2)
-    ahead = _plus(builder, _plus(builder, given.next_words, slot, given.words_stride), block.token, 2)
-    prefetch(builder, ahead, 2 * NUM_LANES)
+    here = _places(builder, block, slot, given.words, given.next_words, given.words_stride)
     words = load_words(builder, here, NUM_LANES, is_signed=form.is_packed, mask=block.mask)
     if form.is_packed:
         return words & (2**INDEX_BITS - 1), words.shifted_down(INDEX_BITS).as_float()
-    place = _plus(builder, _plus(builder, given.coefficients, slot, given.coefficients_stride), block.token, 2)
-    return words, load_floats(builder, place, NUM_LANES, element=FP16, mask=block.mask)
+    here = _places(builder, block, slot, given.coefficients, given.next_coefficients, given.coefficients_stride)
+    return words, load_floats(builder, here, NUM_LANES, element=FP16, mask=block.mask)
+
+
+def _places(builder, block: _Block, slot: int, base: ir.Value, next_base: ir.Value, stride: ir.Value) -> ir.Value:
+    """Where a slot's 16-bit numbers of a block lie; those of the next call are asked for."""
+    prefetch(builder, _plus(builder, _plus(builder, next_base, slot, stride), block.token, 2), 2 * NUM_LANES)
+    return _plus(builder, _plus(builder, base, slot, stride), block.token, 2)
 
 
 def _scales(builder, given: CodeArguments, form: CodeFormat, block: _Block) -> Lanes:
     """What the codes of each token of a block are multiplied by."""
     if not form.is_packed:
         return splat(builder, 1.0)
-    place = _plus(builder, given.coefficients, block.token, 2)
-    return load_floats(builder, place, NUM_LANES, element=FP16, mask=block.mask) * (1 / LARGEST_CODE)
+    here = _places(builder, block, 0, given.coefficients, given.next_coefficients, given.coefficients_stride)
+    return load_floats(builder, here, NUM_LANES, element=FP16, mask=block.mask) * (1 / LARGEST_CODE)
 
 
 def _leave_atoms(builder, given: CodeArguments, form: CodeFormat, block: _Block) -> None:

@@ -101,13 +101,13 @@ def warm_up(
 
 def score_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
     def score(
-        words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
-        rows, rows_stride, scratch,
+        words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+        table, part_stride, rows, rows_stride, scratch,
     ):  # fmt: skip
         depends_on(source)
         score_codes(
-            (words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
-             rows, rows_stride, scratch),
+            (words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+             table, part_stride, rows, rows_stride, scratch),
             slots, parts, is_packed, num_heads, has_lookups,
         )  # fmt: skip
 
@@ -116,13 +116,13 @@ def score_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
 
 def scatter_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
     def scatter(
-        words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
-        rows, rows_stride, scratch,
+        words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+        table, part_stride, rows, rows_stride, scratch,
     ):  # fmt: skip
         depends_on(source)
         scatter_codes(
-            (words, words_stride, coefficients, coefficients_stride, next_words, num_tokens, table, part_stride,
-             rows, rows_stride, scratch),
+            (words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+             table, part_stride, rows, rows_stride, scratch),
             slots, parts, is_packed, num_heads, has_lookups,
         )  # fmt: skip
 
