@@ -1,9 +1,15 @@
 """Decode attention straight from sparse codes: one query token a sequence, everything in one call.
 
 A sequence is `sinks exact tokens | pages of sparse codes | exact window`. A stored key or value is a sum of
-a few atoms of a dictionary, so nothing here rebuilds it: with T = query·dictionary^T, N products a head once
-a step, a token's score is sum_j c_j T[i_j]; and probabilities are gathered by atom, y[i_j] += p c_j, before
-they meet the dictionary once. Keys are coded after RoPE, so that one table serves every position.
+a few atoms of a dictionary; probabilities are gathered by atom, y[i_j] += p c_j, before they meet the
+dictionary once. Keys are coded in one of two ways:
+
+- after RoPE: with T = query·dictionary^T, N products a head once a step, a token's score is sum_j c_j T[i_j].
+  One table serves every position, and no key is restored;
+- before RoPE (`SparsePast.turn`): codes are better, but no table serves two positions. A key is restored and
+  turned in registers, for all query heads that read it, and never written to memory.
+
+What all keys or values of a head have in common may be taken off before they are coded (`SparseSide.means`).
 
 Layout of a page: **planar**. The tokens of one atom slot are neighbours. A vector of `parts` parts has
 `parts * atoms` slots, those of part 0 first.
@@ -16,7 +22,7 @@ import torch
 from kvlens.kernels import dispatch
 from kvlens.kernels.exact_tokens import Attended, ExactTokens, check_exact, check_shape
 
-__all__ = ["Attended", "ExactTokens", "SparseLayout", "SparsePast", "SparseSide", "sparse_attend"]
+__all__ = ["Attended", "ExactTokens", "KeyTurn", "SparseLayout", "SparsePast", "SparseSide", "sparse_attend"]
 
 PACKED_BITS, SEPARATE_BITS = 6, 16
 INDEX_BITS = 10  # of a packed word; the coefficient's code takes the 6 above them
@@ -70,12 +76,27 @@ class SparseSide:
 
     Shapes: words int16 `[num_pages, HK, parts*atoms, P]`; coefficients fp16 of the same shape, or in packed
     pages the scale of every vector, `[num_pages, HK, P]`; dictionary fp32 `[N, D/parts]`, shared by all heads
-    and parts. Every index must be less than N, also in slots whose coefficient is 0.
+    and parts; means fp32 `[HK, D]`, added to every token of a head, or None. Every index must be less than N,
+    also in slots whose coefficient is 0.
     """
 
     words: torch.Tensor
     coefficients: torch.Tensor
     dictionary: torch.Tensor
+    means: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KeyTurn:
+    """The rotary position embedding of keys that are coded before it, on pairs of channels half a width apart.
+
+    Shapes: inverse_frequencies fp32 `[W/2]`, W <= D. Channels p and p + W/2 of token t (counted over the whole
+    sequence) are turned by the angle inverse_frequencies[p] * t and multiplied by `scale`; channels from W on
+    pass.
+    """
+
+    inverse_frequencies: torch.Tensor
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,7 @@ class SparsePast:
 
     Shapes: page_table int32 `[B, M]`: the page of tokens m*P .. m*P+P-1, for keys and values alike;
     num_tokens int32 `[B]`, at most M*P. Entries of the table past the last used page are never read.
+    `turn`: what keys are turned by once restored, means included; None if they were coded after RoPE.
     """
 
     layout: SparseLayout
@@ -91,6 +113,7 @@ class SparsePast:
     values: SparseSide
     page_table: torch.Tensor
     num_tokens: torch.Tensor
+    turn: KeyTurn | None = None
 
 
 def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
@@ -115,6 +138,8 @@ def _check(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> None:
         past.layout, query.shape, exact.keys.shape, exact.values.shape, exact.sink_keys.shape,
         exact.sink_values.shape, exact.length.shape, past.num_tokens.shape, past.page_table.shape,
         *(part.shape for side in (past.keys, past.values) for part in (side.words, side.coefficients, side.dictionary)),
+        *(None if means is None else means.shape for means in (past.keys.means, past.values.means)),
+        None if past.turn is None else past.turn.inverse_frequencies.shape,
     )  # fmt: skip
     if shapes not in _known_to_fit:
         _compare(query, past, exact)
@@ -141,8 +166,20 @@ def _compare(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> None:
         check_shape(f"past.{name}.words", side.words, words)
         check_shape(f"past.{name}.coefficients", side.coefficients, scale if layout.is_packed else words)
         check_shape(f"past.{name}.dictionary", side.dictionary, (None, head_dim // parts))
+        if side.means is not None:
+            check_shape(f"past.{name}.means", side.means, (heads, head_dim))
         if len(side.dictionary) > layout.max_atoms:
             raise ValueError(
                 f"past.{name}.dictionary must have at most {layout.max_atoms} atoms where coefficients have "
                 f"{layout.coefficient_bits} bits; got {len(side.dictionary)}"
             )
+    if past.turn is not None:
+        check_shape("past.turn.inverse_frequencies", past.turn.inverse_frequencies, (None,))
+        width = 2 * len(past.turn.inverse_frequencies)
+        if not 0 < width <= head_dim:
+            raise ValueError(f"past.turn must turn 2 to {head_dim} channels, the head dim; got {width}")
+    elif past.keys.means is not None:
+        raise ValueError(
+            "past.keys.means need past.turn: the mean of keys that were coded after RoPE changes with the position; "
+            "got no turn. Code keys before RoPE, or leave their mean in."
+        )

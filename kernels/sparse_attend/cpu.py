@@ -49,7 +49,7 @@ from kvlens.kernels.native.sparse_rows import (
     weave_rows,
 )
 from kvlens.kernels.native.vectors import FP32, NUM_LANES
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, reference
 
 jit.require_half_floats()
 
@@ -59,6 +59,8 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
 
     Raises: ValueError for an element type that the kernels do not read.
     """
+    if past.turn is not None or past.values.means is not None:
+        return reference.sparse_attend(query, past, exact, scaling=scaling)
     call = _kept(query, past, exact)
     scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
     torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])

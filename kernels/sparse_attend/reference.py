@@ -8,7 +8,7 @@ import torch
 
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.rebuilt import attend_rebuilt, join
-from kvlens.kernels.sparse_attend import INDEX_BITS, LARGEST_CODE, SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import INDEX_BITS, LARGEST_CODE, KeyTurn, SparseLayout, SparsePast, SparseSide
 
 
 def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
@@ -21,6 +21,8 @@ def rebuild(past: SparsePast, exact: ExactTokens, row: int) -> tuple[torch.Tenso
     length, num_tokens = int(exact.length[row]), int(past.num_tokens[row])
     pages = past.page_table[row, : -(-num_tokens // past.layout.page_tokens)].long()
     keys = _restore(past.keys, pages, num_tokens, past.layout, parts=1)
+    if past.turn is not None:
+        keys = turned(keys, past.turn, first=exact.sink_keys.shape[2])
     values = _restore(past.values, pages, num_tokens, past.layout, parts=past.layout.value_parts)
     return (
         join(exact.sink_keys[row], keys, exact.keys[row], length),
@@ -41,4 +43,15 @@ def _restore(
         coefficients = side.coefficients[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, :num_tokens].float()
         indices = words
     atoms = side.dictionary[indices.long()] * coefficients.unsqueeze(-1)
-    return atoms.unflatten(2, (parts, -1)).sum(dim=3).flatten(2, 3)
+    tokens = atoms.unflatten(2, (parts, -1)).sum(dim=3).flatten(2, 3)
+    return tokens if side.means is None else tokens + side.means.unsqueeze(1)
+
+
+def turned(keys: torch.Tensor, turn: KeyTurn, *, first: int) -> torch.Tensor:
+    """Keys of the tokens `first`, first+1, .. turned by their places. Shapes: `[..., T, D]`; angles in fp64."""
+    places = torch.arange(first, first + keys.shape[-2], dtype=torch.float64, device=keys.device)
+    angles = places.unsqueeze(1) * turn.inverse_frequencies.double()
+    cosines, sines = ((turn.scale * wave).float() for wave in (angles.cos(), angles.sin()))
+    half = len(turn.inverse_frequencies)
+    low, high, rest = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([low * cosines - high * sines, high * cosines + low * sines, rest], dim=-1)

@@ -30,7 +30,7 @@ from kvlens.kernels.compiled import Launch
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.packed_attend.triton import LOG2_E, rows_contiguous, store_part, strides
-from kvlens.kernels.sparse_attend import SparsePast
+from kvlens.kernels.sparse_attend import SparsePast, reference
 from kvlens.kernels.sparse_attend.coded_part import (
     atoms_of,
     dot_exactly,
@@ -225,7 +225,12 @@ def _output_kernel(
 
 
 def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
-    """See `kvlens.kernels.sparse_attend.sparse_attend`."""
+    """See `kvlens.kernels.sparse_attend.sparse_attend`.
+
+    Limits: turned keys and means are not read here yet; the reference takes those.
+    """
+    if past.turn is not None or past.values.means is not None:
+        return reference.sparse_attend(query, past, exact, scaling=scaling)
     result, launches = prepare(query, past, exact, scaling=scaling)
     with torch.cuda.device_of(query):
         for launch in launches:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from cases import NOWHERE, ring_of, sinks_of, stored
 
-from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import ExactTokens, KeyTurn, SparseLayout, SparsePast, SparseSide
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,17 @@ class SparseCase:
     spread: str = "normal"
     strides: str = "contiguous"
     scaling: float | None = None  # None: 1 / sqrt(head_dim)
+    turned_channels: int = 0  # of keys that are coded before RoPE; 0: they are coded after it
+    turn_scale: float = 1.0
+    means: tuple[str, ...] = ()  # "keys", "values"
 
 
 @dataclass(frozen=True)
 class SparseInputs:
-    """`keys` and `values` are what the codes stand for, fp32 `[B, HK, max coded, D]`, found without words or pages."""
+    """`keys` and `values` are what the codes stand for, fp32 `[B, HK, max coded, D]`, found without words or pages.
+
+    Both with their means; keys that are coded before RoPE are turned.
+    """
 
     query: torch.Tensor
     past: SparsePast
@@ -104,6 +110,29 @@ def sparse_cases() -> list[SparseCase]:
         for dtype in (torch.float16, torch.bfloat16)
         for hq in (2, 8)
     ]
+    turned = replace(base, turned_channels=64, means=("keys", "values"))
+    cases += [
+        replace(base, name="value_means", means=("values",), num_sinks=4),
+        replace(base, name="value_means_parts", means=("values",), value_parts=2, lengths=(0, 70), num_coded=(0, 64)),
+        replace(turned, name="turned"),
+        replace(turned, name="turned_no_means", means=()),
+        replace(turned, name="turned_ragged", lengths=(1, 0, 701, 257, 34, 130), num_coded=(0, 0, 572, 256, 1, 65),
+                num_sinks=1, strides="sliced"),
+        replace(turned, name="turned_long", lengths=(4001,), num_coded=(3873,), num_sinks=13),
+        replace(turned, name="turned_outliers", spread="outliers", num_sinks=4),
+        replace(turned, name="turned_zeros", spread="zero"),
+        replace(turned, name="turned_paper", means=(), num_key_atoms=4096, num_value_atoms=4096, key_atoms=4,
+                value_atoms=2, value_parts=2, coefficient_bits=16),
+        replace(turned, name="turned_yarn", turn_scale=1.3, scaling=0.05),
+        replace(turned, name="turned_page_7", page_tokens=7),
+        *(replace(turned, name=f"turned_{width}_of_{dim}", turned_channels=width, head_dim=dim, num_coded=(231,))
+          for width, dim in [(8, 8), (16, 32), (10, 24), (80, 80), (96, 96), (64, 128), (128, 128), (256, 256)]),
+        *(replace(turned, name=f"turned_heads{hq}_{hk}", num_query_heads=hq, num_kv_heads=hk, lengths=(190,),
+                  num_coded=(150,))
+          for hq, hk in [(1, 1), (3, 3), (7, 1), (14, 2), (17, 1)]),
+        *(replace(turned, name=f"turned_{str(dtype)[6:]}", dtype=dtype, head_dim=128, turned_channels=128, num_sinks=4)
+          for dtype in (torch.float16, torch.bfloat16)),
+    ]  # fmt: skip
     return cases
 
 
@@ -118,6 +147,14 @@ def build_sparse(case: SparseCase, *, device: str = "cpu", seed: int = 0) -> Spa
     values, value_tokens = _side(
         case, table, num_pages, case.value_atoms, case.value_parts, case.num_value_atoms, generator
     )
+    if "keys" in case.means:
+        keys, key_tokens = _with_means(keys, key_tokens, generator)
+    if "values" in case.means:
+        values, value_tokens = _with_means(values, value_tokens, generator)
+    turn = None
+    if case.turned_channels:
+        turn = KeyTurn(10_000.0 ** (-torch.arange(0, 1, 2 / case.turned_channels)), case.turn_scale)
+        key_tokens = _turned(key_tokens, turn, case.num_sinks)
     for row, count in enumerate(case.num_coded):
         num_used = -(-count // page_tokens)
         table[row, num_used:] = torch.tensor([NOWHERE, -1, -NOWHERE]).repeat(width)[: width - num_used]
@@ -130,7 +167,8 @@ def build_sparse(case: SparseCase, *, device: str = "cpu", seed: int = 0) -> Spa
 
     def on_device(side: SparseSide) -> SparseSide:
         parts = (stored(part, case.strides, device) for part in (side.words, side.coefficients))
-        return SparseSide(*parts, stored(side.dictionary, case.strides, device))
+        means = None if side.means is None else stored(side.means, case.strides, device)
+        return SparseSide(*parts, stored(side.dictionary, case.strides, device), means)
 
     return SparseInputs(
         query=stored(query, case.strides, device),
@@ -140,6 +178,7 @@ def build_sparse(case: SparseCase, *, device: str = "cpu", seed: int = 0) -> Spa
             on_device(values),
             stored(table.to(torch.int32), case.strides, device),
             torch.tensor(case.num_coded, dtype=torch.int32, device=device),
+            turn and replace(turn, inverse_frequencies=turn.inverse_frequencies.to(device)),
         ),
         exact=ExactTokens(
             *(stored(ring_of(each, starts, case.lengths), case.strides, device) for each in tokens),
@@ -193,3 +232,18 @@ def _side(case: SparseCase, table: torch.Tensor, num_pages: int, atoms: int, par
         -1, indices.unflatten(-1, (parts, atoms)), numbers.unflatten(-1, (parts, atoms))
     )
     return SparseSide(words, coefficients, dictionary), (matrix @ dictionary).flatten(-2)
+
+
+def _with_means(side: SparseSide, tokens: torch.Tensor, generator) -> tuple[SparseSide, torch.Tensor]:
+    """The same codes, of tokens with a mean for every head that is larger than what the codes say."""
+    means = 2 * torch.randn(tokens.shape[1], tokens.shape[3], generator=generator)
+    return replace(side, means=means), tokens + means.unsqueeze(1)
+
+
+def _turned(tokens: torch.Tensor, turn: KeyTurn, first: int) -> torch.Tensor:
+    """Rotary embedding as a product of complex numbers, in fp64."""
+    half = len(turn.inverse_frequencies)
+    places = torch.arange(first, first + tokens.shape[2], dtype=torch.float64)
+    wave = torch.polar(torch.ones(()).double(), places.unsqueeze(1) * turn.inverse_frequencies.double())
+    pairs = torch.complex(tokens[..., :half].double(), tokens[..., half : 2 * half].double()) * wave * turn.scale
+    return torch.cat([pairs.real.float(), pairs.imag.float(), tokens[..., 2 * half :]], dim=-1)

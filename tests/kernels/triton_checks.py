@@ -71,6 +71,7 @@ def triton_sparse_cases() -> list[SparseCase]:
         if case.dtype == torch.float32 and case.name not in ("outliers", "scaling", "ragged_sinks")
         else case
         for case in sparse_cases()
+        if not case.turned_channels and not case.means
     ]
 
 
