@@ -138,7 +138,7 @@ class Lane:
         log_probs = self._logits.float().log_softmax(dim=-1)
         best = log_probs.topk(min(NUM_ALTERNATIVES, log_probs.numel()))
         alternatives = tuple(
-            (self._model.tokenizer.decode([other]), probability)
+            (self._model.token_text(other), probability)
             for other, probability in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
         )
         text = "" if token in self._model.end_tokens else self._stream.add(token)

@@ -57,6 +57,7 @@ class LoadedModel:
     end_tokens: frozenset[int] = field(default_factory=frozenset)
     lean: LeanStep | None = None
     notices: list[str] = field(default_factory=list)
+    _token_texts: dict[int, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def facts(self) -> ModelFacts:
@@ -115,6 +116,12 @@ class LoadedModel:
             if tokens and text.startswith(written):
                 return [*tokens, *self.encode(text[len(written) :], is_continued=True)]
         return self.encode(text)
+
+    def token_text(self, token: int) -> str:
+        """One token as text, special ones too. Remembered: the likeliest tokens come again and again."""
+        if token not in self._token_texts:
+            self._token_texts[token] = self.tokenizer.decode([token])
+        return self._token_texts[token]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
