@@ -77,8 +77,9 @@ KVLens.errorPanel = (root, select) => {
       yaxis: KVLens.plots.axis(rowName, { showgrid: false, nticks: 6, ...(grid.length <= 12 ? { dtick: 1 } : {}) }),
     }));
     drawn.then(() => {
-      if (node.on && !node.dataset.isHeard) node.on("plotly_click", ({ points }) => pick(points[0].x));
+      if (!node.on || node.dataset.isHeard) return;
       node.dataset.isHeard = "yes";
+      node.on("plotly_click", ({ points }) => pick(points[0].x));
     });
   }
 

@@ -94,7 +94,7 @@ KVLens.atomsPanel = (component) => {
         margin, ...legend, xaxis: KVLens.plots.axis(words.energy_axis, { nticks: 8, fixedrange: true, showgrid: false, rangemode: "tozero" }),
         yaxis: percents({ range: [known.length ? floor - 2 : 0, 101] }),
       }));
-      const [keys, values] = entry.energy.map((shares) => units.percent(shares && shares[shares.length - 1]));
+      const [keys, values] = entry.energy.map((shares) => units.percent(shares && shares[shares.length - 1]).replace(" ", "\u00a0"));
       setText(energy.told, !known.length ? words.energy_unknown
         : `${KVLens.fill(words.energy_told, { keys, values })}${entry.has_mean ? ` ${words.energy_mean}` : ""}`);
     }
@@ -149,6 +149,8 @@ KVLens.atomsPanel = (component) => {
         bar.style.setProperty("--share", share === null ? 0 : Math.min(1, share));
         setText(missing, share === null ? "–" : units.percent(share));
       });
+      const row = steps.children[shown];
+      if (row.offsetTop + row.offsetHeight > steps.offsetTop + steps.offsetHeight && step === null) steps.scrollTop = steps.scrollHeight;
     }
 
     function redraw() {

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvlens.engine.trace import ErrorSnapshot, LaneLog, MachineMemory, MemorySample, RunLog, StepTrace
+from kvlens.engine.trace import (
+    AtomSnapshot,
+    CodedSide,
+    ErrorSnapshot,
+    LaneLog,
+    MachineMemory,
+    MemorySample,
+    RunLog,
+    StepTrace,
+)
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 8, 2, 64
 VALUES_PER_TOKEN = 2 * NUM_LAYERS * NUM_HEADS * HEAD_DIM
@@ -179,3 +188,29 @@ def finished_log(num_steps: int = 60, **kwargs) -> RunLog:
     for _ in play(log, num_steps, **kwargs):
         pass
     return log
+
+
+def make_coded_side(num_tokens: int, first_token: int, num_atoms: int, parts: int, seed: int) -> CodedSide:
+    """Codes of three atoms a part over random atoms; the third token is not known exactly any more."""
+    rng = np.random.default_rng(seed)
+    shape, width = (NUM_HEADS, num_tokens, 3, parts), HEAD_DIM // parts
+    indices = rng.integers(0, num_atoms // 2, shape).astype(np.int32)
+    coefficients = rng.normal(size=shape).astype(np.float16).astype(np.float32)
+    atoms = rng.normal(size=(num_atoms, width)).astype(np.float32)
+    start = rng.normal(size=(NUM_HEADS, 1, HEAD_DIM)).astype(np.float32)
+    sums = [np.broadcast_to(start, (NUM_HEADS, num_tokens, HEAD_DIM)).copy()]
+    for step in range(3):
+        for part in range(parts):
+            sums.append(sums[-1].copy())
+            channels = slice(part * width, (part + 1) * width)
+            sums[-1][..., channels] += coefficients[..., step, part, None] * atoms[indices[..., step, part]]
+    exact = sums[-1] + 0.1 * rng.normal(size=sums[-1].shape).astype(np.float32)
+    exact[:, 2:3] = np.nan
+    missing = [np.linalg.norm(exact - each, axis=-1) / np.linalg.norm(exact, axis=-1) for each in sums]
+    return CodedSide(first_token, indices, coefficients, exact, start, np.stack(missing, -1), atoms)
+
+
+def make_atoms(num_tokens: int = 12, first_token: int = 4) -> AtomSnapshot:
+    coverage = np.linspace(0.1, 0.9, 2 * NUM_LAYERS).reshape(2, NUM_LAYERS).astype(np.float32)
+    keys, values = (make_coded_side(num_tokens, first_token, 32, parts, parts) for parts in (1, 2))
+    return AtomSnapshot(3, coverage, keys, values)
