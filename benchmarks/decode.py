@@ -1,4 +1,4 @@
-"""Whole decode steps of a model, lane by lane: dense, packed, and Hugging Face's own cache.
+"""Whole decode steps of a model, lane by lane: ours, and Hugging Face's own caches (`rivals.py`).
 
     python -m benchmarks.decode [--model NAME] [--contexts 256 1024 4096]
 
@@ -9,18 +9,14 @@ its length after the last step; bytes are live bytes of the cache.
 
 import argparse
 import statistics
-import time
 from dataclasses import dataclass
 
-import torch
-from transformers import DynamicCache
-
-from benchmarks import report
-from kvlens.engine import bridge, throughput
+from benchmarks import report, rivals
+from kvlens.engine import throughput
 from kvlens.engine.bench import Candidate, NetworkBench
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
-from kvlens.engine.throughput import TIMED_STEPS, WARM_UP_STEPS, plan_cells
+from kvlens.engine.throughput import plan_cells
 
 ROUNDS = 3
 
@@ -35,27 +31,6 @@ class Row:
     tokens_per_second: float
     ratio: float
     cache_mb: float
-
-
-def hugging_face(model: LoadedModel, context: int) -> tuple[float, int]:
-    """Milliseconds of the same step with the model's own cache and torch's attention, and the cache's bytes."""
-    cache = DynamicCache()
-
-    def run(tokens: list[int]) -> float:
-        begin = time.perf_counter()
-        with torch.inference_mode():
-            model.network(torch.tensor([tokens], device=model.device), past_key_values=cache, logits_to_keep=1)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-        return 1000 * (time.perf_counter() - begin)
-
-    model.network.set_attn_implementation("sdpa")
-    try:
-        run([40 + position % 50 for position in range(context - WARM_UP_STEPS - TIMED_STEPS)])
-        times = [run([40]) for _ in range(WARM_UP_STEPS + TIMED_STEPS)][WARM_UP_STEPS:]
-    finally:
-        model.network.set_attn_implementation(bridge.NAME)
-    return statistics.median(times), sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def measure(model: LoadedModel, context: int) -> list[Row]:
@@ -74,7 +49,8 @@ def measure(model: LoadedModel, context: int) -> list[Row]:
                 found.setdefault(result.label, []).append((result.step_ms, result.kv_bytes))
             elif number == 0:
                 print(f"{result.label} is left out: {result.note}")
-        found.setdefault("Hugging Face DynamicCache, sdpa", []).append(hugging_face(model, context))
+        for rival in rivals.available():
+            found.setdefault(rival.name, []).append(rivals.measure(rival, model, context))
     medians = {name: statistics.median(step_ms for step_ms, _ in rounds) for name, rounds in found.items()}
     dense = next(iter(medians.values()))
     return [
