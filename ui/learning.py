@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kvlens.engine.dictionaries.store import DictionaryKind, MissingDictionary
@@ -118,7 +118,7 @@ def learn_steps(model: "LoadedModel", run: LearnRun, bounds: Bounds) -> "Iterato
     for progress in learn(model, documents, [run.kind], LearnOptions(**sizes)):
         if progress.dictionaries is not None:
             model.facts.dictionaries.save(progress.dictionaries)
-        yield progress
+        yield replace(progress, dictionaries=None)  # they are the store's now; a page keeps only how far it is
 
 
 def describe(run: LearnRun | None, notice: str = "", *, is_awaited: bool = False) -> str:

@@ -138,12 +138,15 @@ CLIENT = {
         "window": "exact window",
         "sinks": "exact sinks",
         "tables": "tables",
-        "dictionary": "dictionary",
+        "dictionary": "dictionary of the prompt",
         "scratch": "scratch",
     },
     "part_help": {
         "codes": "The packed values themselves, a few bits each.",
         "scales": "What turns codes back into numbers: a scale and a zero for every group.",
+        "indices": "Which atoms of the dictionary add up to each vector.",
+        "coefficients": "How much of each atom.",
+        "dictionary": "Vectors of this prompt that serve as atoms too. They belong to this conversation.",
         "window": "Tokens still held exactly, in 16 bits.",
         "sinks": "The first tokens, kept exactly for good.",
     },
@@ -357,6 +360,8 @@ ABOUT_NUMBERS = """
   difference over the norm of the exact part, always against the lane's own exact tensors.
 - **Speed** is the model's step alone. Lanes take turns and each step is timed by itself, so they do not spoil each
   other's figures. Reading the prompt (prefill) and answering (decode) are reported apart; warm-up is not counted.
+- **Dictionaries** (CSR) are learned once for a model and read by all conversations, as its weights are. They stand beside
+  the cache and are not in its bits per value. Atoms taken from a prompt belong to its conversation and are.
 - **32k and 128k** come from the same formula that the real bytes are checked against, to the byte.
 """
 ABOUT_LIMITS = """
