@@ -1,24 +1,28 @@
-"""Draws `docs/csr.svg` from the saved ablation: `python -m benchmarks.csr_plot`.
+"""Shows the saved ablation: `python -m benchmarks.csr_report` draws `docs/csr.svg` and fills the tables of its page.
 
-Error of the attention output against real bits, all modes on one picture; readable in light and dark.
+The picture: error of the attention output against real bits, all modes; readable in light and dark. The tables of
+`docs/csr.md`: one for each group, between `<!-- group -->` and `<!-- /group -->`. No figure of them is typed by hand.
 """
 
 import csv
 import math
+import re
 from pathlib import Path
 
 from benchmarks.report import RESULTS
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "csr.svg"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 200, 20, 52
 # Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
 SERIES = {
-    "paper": ("CSR, the paper, N 4096", "#E69F00", ""),
-    "post-rope centred": ("compact, after RoPE", "#56B4E9", ""),
-    "pre-rope centred": ("compact, before RoPE", "#009E73", ""),
-    "KIVI": ("KIVI, group 32 and 64", "#CC79A7", "4 4"),
+    r"paper .*, N 4096": ("CSR, the paper, N 4096", "#E69F00", ""),
+    r"post-rope centred .*": ("compact, after RoPE", "#56B4E9", ""),
+    r"pre-rope centred .*, N 1024": ("compact, before RoPE", "#009E73", ""),
+    r"pre-rope centred .*, N 4096": ("before RoPE, N 4096", "#0072B2", ""),
+    r"KIVI .*": ("KIVI, group 32 and 64", "#CC79A7", "4 4"),
 }
+"""Names of variants as patterns; label, colour, dashes."""
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #333 } .axis { stroke: #888 } .grid { stroke: #8884 }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } }
@@ -27,11 +31,7 @@ text { font: 13px system-ui, sans-serif; fill: #333 } .axis { stroke: #888 } .gr
 
 def points(rows: list[dict[str, str]], series: str) -> list[tuple[float, float]]:
     """Bits and errors of a series, by bits."""
-    chosen = [
-        row for row in rows
-        if row["group"] == "modes" and row["variant"].startswith(series + " ")
-        and (series != "paper" or row["variant"].endswith("N 4096"))
-    ]  # fmt: skip
+    chosen = [row for row in rows if row["group"] == "modes" and re.fullmatch(series, row["variant"])]
     return sorted((float(row["bits_per_value"]), float(row["attention_error"])) for row in chosen)
 
 
@@ -79,11 +79,44 @@ def draw(rows: list[dict[str, str]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+COLUMNS = {
+    "variant": ("", str),
+    "bits_per_value": ("bits a value", lambda value: f"{float(value):.2f}"),
+    "key_error": ("error of keys", lambda value: f"{float(value):.4f}"),
+    "value_error": ("of values", lambda value: f"{float(value):.4f}"),
+    "attention_error": ("of attention", lambda value: f"{float(value):.4f}"),
+    "kl_nats": ("KL, nats", lambda value: f"{float(value):.4f}"),
+    "same_top_token": ("same next token", lambda value: f"{100 * float(value):.1f} %"),
+}
+
+
+def table(rows: list[dict[str, str]], group: str) -> str:
+    """A group's rows in Markdown."""
+    lines = [[label for label, _ in COLUMNS.values()], ["---"] * len(COLUMNS)]
+    lines += [[show(row[name]) for name, (_, show) in COLUMNS.items()] for row in rows if row["group"] == group]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def render(page: str, rows: list[dict[str, str]]) -> str:
+    """`page` with every table made anew. Raises: ValueError if a group has no place."""
+    for group in dict.fromkeys(row["group"] for row in rows):
+        place = re.compile(rf"(<!-- {group} -->\n).*?(<!-- /{group} -->)", re.DOTALL)
+        if not place.search(page):
+            raise ValueError(f"docs/csr.md must have <!-- {group} --> and <!-- /{group} -->")
+        page = place.sub(lambda found, group=group: f"{found[1]}{table(rows, group)}\n{found[2]}", page)
+    return page
+
+
+def saved() -> list[dict[str, str]]:
+    """The ablation as it was saved."""
+    with (RESULTS / "csr_ablation.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
-    with (RESULTS / "csr_ablation.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    OUT.write_text(draw(rows))
-    print(f"wrote {OUT.name}")
+    page = DOCS / "csr.md"
+    page.write_text(render(page.read_text("utf-8"), saved()), "utf-8")
+    (DOCS / "csr.svg").write_text(draw(saved()), "utf-8")
 
 
 if __name__ == "__main__":

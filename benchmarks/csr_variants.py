@@ -1,6 +1,7 @@
 """The variants that the ablation compares, group by group."""
 
 from dataclasses import replace
+from math import log2
 
 from benchmarks.csr_coding import Variant
 from kvlens.engine.dictionaries.store import DictionaryKind
@@ -20,12 +21,13 @@ def paper(bits: float, num_atoms: int = 4096, group: str = "modes") -> Variant:
 
 
 def compact(bits: float, space: str = "pre_rope", *, is_centred: bool = True, num_atoms: int = 1024) -> Variant:
-    """Ours: 16 bits an atom and 16 of scale, one final fit."""
+    """Ours: 16 bits an atom, index and coefficient together, and 16 of scale; one final fit."""
     atoms = int((bits * HEAD_DIM - 16) / 16)
     name = f"{space.replace('_', '-')}{' centred' * is_centred} {bits:g} bit, N {num_atoms}"
     kind = DictionaryKind(space, num_atoms, 1, is_centred)
     return Variant(
-        "modes", name, kind, key_atoms=atoms, value_atoms=atoms, pursuit="MP + fit", coefficient_bits=6
+        "modes", name, kind, key_atoms=atoms, value_atoms=atoms, pursuit="MP + fit",
+        coefficient_bits=16 - int(log2(num_atoms)),
     )  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def variants() -> list[Variant]:
     found += [paper(bits, 1024) for bits in BUDGETS]
     for space, is_centred in (("pre_rope", True), ("pre_rope", False), ("post_rope", True), ("post_rope", False)):
         found += [compact(bits, space, is_centred=is_centred) for bits in BUDGETS]
+    found += [compact(bits, num_atoms=4096) for bits in BUDGETS]
     found += [
         Variant("modes", f"KIVI {bits} bit, group {group}", kivi_bits=bits, kivi_group=group)
         for bits in (2, 4)
@@ -66,6 +69,15 @@ def variants() -> list[Variant]:
         of_best("scales", "8 bit a vector", scale_bits=8),
         of_best("scales", "none: a scale a slot and layer", scale="slot"),
         of_best("scales", "none, 8 atoms", scale="slot", key_atoms=8, value_atoms=8),
+        of_best(
+            "scales",
+            "none, 8 atoms of N 4096, 12+4 bit",
+            scale="slot",
+            key_atoms=8,
+            value_atoms=8,
+            kind=replace(best.kind, num_atoms=4096),
+            coefficient_bits=4,
+        ),
     ]
     halves = replace(best.kind, value_parts=2)
     found += [

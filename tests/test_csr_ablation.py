@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from benchmarks import csr_report
 from benchmarks.csr_coding import Coder, Variant, squared_error
-from benchmarks.csr_plot import draw
 from benchmarks.csr_variants import variants
 from kvlens.engine.dictionaries import DictionaryKind, DictionarySet
 from kvlens.engine.rotary import Rotary
@@ -82,9 +82,16 @@ def test_the_picture_shows_every_mode():
         for name, bits, error in (
             ("paper 1 bit, N 4096", "1", "0.3"), ("paper 2 bit, N 4096", "2", "0.1"),
             ("pre-rope centred 2 bit, N 1024", "2", "0.05"), ("post-rope centred 2 bit, N 1024", "2", "0.08"),
-            ("KIVI 2 bit, group 32", "3", "0.1"),
+            ("pre-rope centred 2 bit, N 4096", "2", "0.03"), ("KIVI 2 bit, group 32", "3", "0.1"),
         )
     ]  # fmt: skip
-    picture = draw(rows)
-    assert picture.count("<polyline") == 4
-    assert picture.count("<circle") == 5
+    picture = csr_report.draw(rows)
+    assert picture.count("<polyline") == 5
+    assert picture.count("<circle") == 6
+
+
+def test_page_and_picture_are_those_of_the_saved_results():
+    rows = csr_report.saved()
+    page = (csr_report.DOCS / "csr.md").read_text("utf-8")
+    assert csr_report.render(page, rows) == page, "run `python -m benchmarks.csr_report`"
+    assert (csr_report.DOCS / "csr.svg").read_text("utf-8") == csr_report.draw(rows)
