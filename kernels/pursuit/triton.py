@@ -53,7 +53,8 @@ def _pursue_kernel(
     TILE_MASK: tl.constexpr = triton.next_power_of_2((NUM_ATOMS + BLOCK_N - 1) // BLOCK_N) - 1
     for step in range(SPARSITY):
         largest = tl.max(tl.abs(residual), axis=1)
-        scaled = (residual * tl.where(largest > 0.0, 1.0 / largest, 0.0)[:, None]).to(tl.float16)
+        factor = tl.where(largest > 1e-37, 1.0 / largest, 0.0)  # of less, the reciprocal is infinite
+        scaled = (residual * factor[:, None]).to(tl.float16)
         best = tl.full((BLOCK_V, BLOCK_N), -1, tl.int32)  # |<R, d>| with its lowest bits replaced by the tile's
         for tile in range(tl.cdiv(NUM_ATOMS, BLOCK_N)):
             atoms = tile * BLOCK_N + offs_n
@@ -193,18 +194,16 @@ def prepare(
     rows = vectors.reshape(-1, width)
     dictionary = dictionary.contiguous()
     shape = {"num_vectors": len(rows), "NUM_ATOMS": len(dictionary), "SPARSITY": sparsity, "MIN_PIVOT": MIN_PIVOT}
-    is_crowded = (
-        orthogonal or (distinct and len(dictionary) > 32 * BLOCK_ATOMS) or (arch or arch_of(rows.device)) >= 120
-    )
+    has_two_words = distinct and len(dictionary) > 32 * BLOCK_ATOMS
+    is_crowded = orthogonal or has_two_words or (arch or arch_of(rows.device)) >= 120
     block_v = BLOCK_VECTORS // 2 if is_crowded else BLOCK_VECTORS  # what registers hold
-    basis_rows = len(rows) if orthogonal else 0
     pursuing = {
         "vectors_ptr": rows,
         "stride_vector": rows.stride(0),
         "stride_channel": rows.stride(1),
         "dictionary_ptr": dictionary,
         "half_dictionary_ptr": dictionary.half(),
-        "basis_ptr": vectors.new_empty((basis_rows, sparsity, width), dtype=torch.float32) if orthogonal else None,
+        "basis_ptr": rows.new_empty((len(rows), sparsity, width), dtype=torch.float32) if orthogonal else None,
         "indices_ptr": codes.indices,
         "coefficients_ptr": codes.coefficients,
         **shape,

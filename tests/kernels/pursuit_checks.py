@@ -14,6 +14,7 @@ from kvlens.kernels.pursuit.reference import MIN_PIVOT
 
 # How far from the best choice, and from the exact coefficients, relative to the vector's length
 FP32_TOLERANCE = 2e-5
+SMALLEST = 1e-30  # a vector shorter than this may lose digits
 HALF_TOLERANCE = 2e-3  # of choices between products of fp16 numbers
 
 MODES = {"plain": {}, "distinct": {"distinct": True}, "refit": {"refit": True}, "orthogonal": {"orthogonal": True}}
@@ -29,7 +30,7 @@ class PursuitCase:
     sparsity: int = 4
     leading: tuple[int, ...] = (37,)
     dtype: torch.dtype = torch.float32
-    spread: str = "normal"  # normal, zeros, atoms, huge, tiny
+    spread: str = "normal"  # normal, zeros, atoms, huge, tiny, subnormal, broken
     atoms: str = "random"  # random, duplicates, axes
     strides: str = "contiguous"  # contiguous, sliced, transposed
 
@@ -52,8 +53,10 @@ def pursuit_cases() -> list[PursuitCase]:
         PursuitCase("equal_to_atoms", spread="atoms"),
         PursuitCase("huge", spread="huge"),
         PursuitCase("tiny", spread="tiny"),
+        PursuitCase("subnormal", spread="subnormal"),
         PursuitCase("duplicate_atoms", atoms="duplicates", sparsity=6),
         PursuitCase("axes", atoms="axes", num_atoms=16, width=16, sparsity=16),
+        PursuitCase("broken", spread="broken", num_atoms=70),
         PursuitCase("fp16", dtype=torch.float16),
         PursuitCase("bf16", dtype=torch.bfloat16, width=20),
         PursuitCase("fp64", dtype=torch.float64),
@@ -77,6 +80,10 @@ def build_pursuit(case: PursuitCase, *, seed: int = 0, device: str = "cpu") -> t
     elif case.spread == "atoms":
         vectors = 3 * dictionary[torch.randint(case.num_atoms, case.leading, generator=random)]
     vectors = vectors * {"huge": 1e15, "tiny": 1e-15}.get(case.spread, 1.0)
+    if case.spread == "subnormal":
+        vectors[..., ::2, :] *= 1e-39
+    elif case.spread == "broken":
+        vectors[::3, 1], vectors[1::3, 2] = torch.nan, -torch.inf
     vectors = vectors.to(case.dtype).to(device)
     if case.strides == "sliced":
         vectors = torch.stack([vectors, torch.full_like(vectors, torch.nan)], dim=-2).flatten(-2)[..., : case.width]
@@ -103,7 +110,7 @@ def check_pursuit(case: PursuitCase, mode: str, device: str) -> None:
     restored.fill_(torch.nan)
     for launch in launches:
         launch.run()
-    torch.testing.assert_close(restored, reference.restore(codes, dictionary))
+    torch.testing.assert_close(restored, reference.restore(codes, dictionary), equal_nan=True)
 
 
 def assert_pursued(
@@ -117,7 +124,10 @@ def assert_pursued(
     orthogonal: bool = False,
     choice_tolerance: float = FP32_TOLERANCE,
 ) -> None:
-    """Replay the choices: each is the best at its place, and the coefficients are what the mode says."""
+    """Replay the choices: each is the best at its place, and the coefficients are what the mode says.
+
+    Of a vector with a NaN or an Inf only that its indices exist, and its coefficients are not finite.
+    """
     distinct = distinct or refit or orthogonal
     shape = (*vectors.shape[:-1], sparsity)
     assert (codes.indices.shape, codes.indices.dtype) == (shape, torch.int16)
@@ -130,6 +140,9 @@ def assert_pursued(
     coefficients = codes.coefficients.reshape(-1, sparsity).double()
     assert int(indices.min()) >= 0
     assert int(indices.max()) < len(dictionary)
+    is_finite = rows.isfinite().all(dim=1)
+    assert not bool(coefficients[~is_finite].isfinite().all(dim=1).any())
+    rows, indices, coefficients = rows[is_finite], indices[is_finite], coefficients[is_finite]
     if distinct:
         ordered = indices.sort(dim=1).values
         assert bool((ordered.diff(dim=1) > 0).all()), "an atom was chosen twice"
@@ -141,7 +154,7 @@ def assert_pursued(
         strength = products.abs().masked_fill(is_chosen & distinct, -1.0)
         index = indices[:, step : step + 1]
         shortfall = strength.amax(dim=1, keepdim=True) - strength.gather(1, index)
-        worst = float((shortfall / length.clamp(min=1e-300)).max())
+        worst = float((shortfall / length.clamp(min=SMALLEST)).max())
         assert worst <= choice_tolerance, f"choice {step} falls {worst:.1e} of the vector short of the best one"
         is_chosen.scatter_(1, index, True)
         if orthogonal:
@@ -157,7 +170,7 @@ def assert_pursued(
         excess = left.square().sum(dim=1) - best.square().sum(dim=1)
         assert bool((excess <= 2e-5 * length.squeeze(1) ** 2).all()), f"a fit misses the best one by {excess.max()}"
     else:
-        assert bool(((coefficients - exact).abs() <= FP32_TOLERANCE * length).all())
+        assert bool(((coefficients - exact).abs() <= FP32_TOLERANCE * length.clamp(min=SMALLEST)).all())
 
 
 def _fit(rows: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
