@@ -10,6 +10,7 @@ from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError
+from kvlens.engine.facts import StandInFacts
 from kvlens.engine.generate import forward, forward_batch
 from kvlens.engine.measure import Stopwatch, last_cache_bytes
 from kvlens.engine.model import LoadedModel
@@ -112,6 +113,7 @@ class AttentionBench:
         self._cache_dtype = torch.float16 if is_cpu else torch.bfloat16
         self._filler = torch.zeros(last_cache_bytes(device) // 4, dtype=torch.int32, device=device)
         self._tokens: dict[tuple[int, int], torch.Tensor] = {}
+        self._facts = StandInFacts(self.shape, device=device)
 
     def num_layers(self, cell: Cell) -> int:
         num_layers = self.shape.num_layers
@@ -128,7 +130,7 @@ class AttentionBench:
         measured = ModelShape(self.num_layers(cell), shape.num_query_heads, shape.num_kv_heads, shape.head_dim)
         return method(candidate.method).cache(
             measured, candidate.config, batch_size=cell.batch_size, device=self.device, dtype=self._cache_dtype,
-            budget=budget,
+            budget=budget, facts=self._facts,
         )  # fmt: skip
 
     def prepare(self) -> None:

@@ -9,9 +9,10 @@ over what the codes restore.
 Open in the paper and decided here: coefficients are signed and an atom chosen twice counts twice; a token
 attends to itself exactly and is coded afterwards; where half of s is no whole number it is rounded up.
 
-Ours, and the `compact` presets (each is a setting): keys after RoPE, so that scores are read from one table of
-q·D and nothing is restored; 16 bits an atom (10 of index, 6 of coefficient) and one fp16 scale a vector; one
-least-squares fit after the pursuit; the first and the newest tokens exact; tokens coded in blocks.
+Ours, and the `compact` presets (each is a setting): 16 bits an atom (10 of index, 6 of coefficient) and one fp16
+scale a vector, so twice the atoms; one least-squares fit after the pursuit; each head's mean apart; values whole; the
+first and the newest tokens exact; tokens coded in blocks. The `look-up` preset codes keys after RoPE: scores
+are then read from one table of q·D and no key is restored, for a larger error. All measured in docs/csr.md.
 
 With n tokens, floor(max(0, n - sinks - window) / flush) * flush of them are coded: a pure function of n.
 Dictionaries that are learned offline are read by all conversations and count as the model's weights do: beside
@@ -45,7 +46,7 @@ PAGE_TOKENS = 64
 PACKED_ATOMS = 1024
 """The largest dictionary whose index fits the 10 bits that a packed atom has for it."""
 
-SPACES = {"after RoPE": "post_rope", "before RoPE": "pre_rope"}
+SPACES = {"before RoPE": "pre_rope", "after RoPE": "post_rope"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class CsrConfig(PagedConfig):
         help="Atoms to choose from. A larger dictionary fits better and takes longer to search.",
     )  # fmt: skip
     keys: str = setting(
-        "after RoPE", label="Keys coded", choices=tuple(SPACES),
-        help="Before the position is turned into a key (the paper), or after it: scores then need no restoring.",
+        "before RoPE", label="Keys coded", choices=tuple(SPACES),
+        help="Before the position is turned into a key: half the error. After it: scores are looked up, not restored.",
     )  # fmt: skip
     coefficient_bits: int = setting(
         6, label="Coefficient", unit="bits", choices=(6, 16),
@@ -184,6 +185,7 @@ def _paper(bits: float, **extra: int) -> CsrConfig:
         "CSR compact, 2 bit": CsrConfig(),
         "CSR compact, 1 bit": CsrConfig(bits=1.0),
         "CSR compact, 4 bit": CsrConfig(bits=4.0),
+        "CSR look-up, 2 bit": CsrConfig(keys="after RoPE", is_centred=False),
         "CSR-4, 1 bit (paper)": _paper(1.0),
         "CSR-6, 1.5 bit (paper)": _paper(1.5),
         "CSR-8, 2 bit (paper)": _paper(2.0),
@@ -199,7 +201,10 @@ class CsrCache(PagedCache):
     def __init__(self, shape: ModelShape, config: CsrConfig, **options: Any) -> None:
         super().__init__(shape, config, **options)
         if self.facts is None:
-            raise EngineError("CSR needs dictionaries learned from a model (LoadedModel.new_cache brings them); a shape alone has none")
+            raise EngineError(
+                "CSR needs dictionaries that were learned from a model (LoadedModel.new_cache brings them), or the "
+                "random ones of StandInFacts; a shape alone has none"
+            )
         self._dictionaries = self.facts.dictionary(config.kind)
         self._coders = self._key_coder(), self._value_coder()
         self._keys, self._values = self._pages = tuple(
