@@ -22,6 +22,7 @@ lint: $(VENV)/.installed-dev       ## mend what can be mended, report the rest
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev      ## the tables of the README, saved under benchmarks/results
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 record: $(VENV)/.installed         ## the recorded runs that the page paints first
