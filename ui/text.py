@@ -194,6 +194,7 @@ CLIENT = {
         "reading": "Reading the text …",
         "learning": "Layer {layer}, {side}: {error} of the squared norm missing so far",
         "starting": "Layer {layer}, {side}",
+        "stopping": "Stopping …",
         "stopped": "Stopped. Nothing was kept.",
         "done": "Learned. This lane is ready.",
         "progress": "Learning",
@@ -360,8 +361,8 @@ ABOUT_NUMBERS = """
   difference over the norm of the exact part, always against the lane's own exact tensors.
 - **Speed** is the model's step alone. Lanes take turns and each step is timed by itself, so they do not spoil each
   other's figures. Reading the prompt (prefill) and answering (decode) are reported apart; warm-up is not counted.
-- **Dictionaries** (CSR) are learned once for a model and read by all conversations, as its weights are. They stand beside
-  the cache and are not in its bits per value. Atoms taken from a prompt belong to its conversation and are.
+- **Dictionaries** (CSR) are learned once for a model and read by all conversations, as its weights are. They stand
+  beside the cache and are not in its bits per value. Atoms taken from a prompt belong to its conversation and are.
 - **32k and 128k** come from the same formula that the real bytes are checked against, to the byte.
 """
 ABOUT_LIMITS = """

@@ -28,7 +28,7 @@ KVLens.learnBox = (laneId, valueOf) => {
   const hint = make("small");
   const text = make("details", {}, make("summary", { text: words.own_text }), own, hint);
   const go = make("button", { type: "button", class: "kv-strong", on: { click: ask } });
-  const stop = make("button", { type: "button", class: "kv-learn-stop", text: words.stop, on: { click: () => KVLens.learning.stop() } });
+  const stop = make("button", { type: "button", class: "kv-learn-stop", text: words.stop, on: { click: halt } });
   const bar = make("i");
   const meter = make("div", { class: "kv-bar", role: "progressbar", "aria-label": words.progress, "aria-valuemin": 0, "aria-valuemax": 100 }, bar);
   const told = make("span", { role: "status" });
@@ -38,7 +38,14 @@ KVLens.learnBox = (laneId, valueOf) => {
 
   function ask() { KVLens.learning.ask({ lane: JSON.stringify(valueOf()), text: own.value }); }
 
+  function halt() {
+    KVLens.learning.stop();
+    word = { ...word, isStopping: true };
+    draw();
+  }
+
   function progress() {
+    if (word.isStopping) return words.stopping;
     if (word.state === "waiting") return words.waiting;
     if (word.stage === undefined || word.stage === "reading") return words.reading;
     const error = word.error === null ? null : units.percent(word.error);
@@ -69,6 +76,6 @@ KVLens.learnBox = (laneId, valueOf) => {
     setText(fault, isBusy || (word.kind && !isOwn) ? "" : word.sentence || "");
   }
   KVLens.onRemarks((remarks) => { lacks = remarks[laneId]?.lacks || null; draw(); });
-  KVLens.onLearning((next) => { word = next; draw(); });
+  KVLens.onLearning((next) => { word = { ...next, isStopping: word.isStopping && next.state === "learning" }; draw(); });
   return root;
 };
