@@ -62,16 +62,26 @@ def attention() -> str:
 
 
 def decode() -> str:
-    """Whole decode steps of the embedded model."""
-    columns = {
-        "method": ("method", str),
-        "context_tokens": ("tokens in the cache", _count),
-        "step_ms": ("ms a step", _short),
-        "tokens_per_second": ("tokens/s", _short),
-        "ratio": ("against our dense lane", _times),
-        "cache_mb": ("cache, MB", _short),
-    }
-    return _plain("decode", columns, "Whole decode steps of the embedded model, batch 1, medians")
+    """Whole decode steps of the embedded model: a row a method, a column a context."""
+    saved = _read("decode")
+    contexts = sorted({int(row["context_tokens"]) for row in saved})
+    found = {(row["method"], int(row["context_tokens"])): row for row in saved}
+    rows = []
+    for name in dict.fromkeys(row["method"] for row in saved):
+        own = [found[name, context] for context in contexts]
+        rows.append(
+            [
+                name,
+                *(f"{_short(row['step_ms'])} ms, {_times(row['ratio'])}" for row in own),
+                _short(own[-1]["cache_mb"]),
+            ]
+        )
+    columns = ["method", *(f"{context:,} tokens" for context in contexts), f"cache at {contexts[-1]:,}, MB"]
+    first = saved[0]
+    return _table(columns, rows) + (
+        "\n\nMilliseconds of a whole decode step of the embedded model, batch 1, medians, and tokens/s against our "
+        f"dense lane; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
+    )
 
 
 def agreement() -> str:
@@ -126,10 +136,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _short(value: str) -> str:
     return f"{float(value):.3g}"
-
-
-def _count(value: str) -> str:
-    return f"{int(value):,}"
 
 
 def _times(value: str) -> str:
