@@ -77,7 +77,7 @@ class ChatHandlers:
             session.ticket = self._ticket(prompt, lane_a, lane_b, (system, max_new, temperature, top_p, seed))
         except MissingDictionary as error:
             session.is_prompt_held = True
-            return self._say(session, text.prompt_held(self.hub.model.name, error.kind.name))
+            return self._say(session, text.prompt_held(error.kind.name))
         except ValueError as error:
             return self._say(session, str(error))
         return self._asked(session)
@@ -92,7 +92,7 @@ class ChatHandlers:
             sampling = (system, max_new, temperature, top_p, seed)
             session.ticket = self._ticket(session.turns[-1].prompt, lane_a, lane_b, sampling)
         except MissingDictionary as error:
-            return self._say(session, text.prompt_held(self.hub.model.name, error.kind.name))
+            return self._say(session, text.prompt_held(error.kind.name))
         except ValueError as error:
             return self._say(session, str(error))
         session.ticket.replaced = session.turns.pop()

@@ -57,8 +57,7 @@ def remark(hub: ModelHub, value: str) -> dict[str, Any]:
         return {}  # said as what is wrong with the settings, or when they are run
     if error is None:
         return {}
-    told = text.lane_lacks(hub.model.name, error.kind.name)
-    sentence = told if hub.can_learn else text.LEARNING_OFF.format(reason=error)
+    sentence = text.lane_lacks(error.kind.name) if hub.can_learn else text.LEARNING_OFF.format(reason=error)
     bounds = bounds_of(hub)
     return {
         "lacks": {

@@ -161,6 +161,7 @@ def memory_sentence(log: RunLog) -> str:
         log.weight_bytes,
         log.machine.process_bytes,
         lane_name(log, lane),
+        sample.parts.get("dictionary", 0),
     )
 
 

@@ -73,12 +73,14 @@ LEARN_REFUSED = "This page does not learn dictionaries."
 LEARNING_OFF = "This page does not learn dictionaries. {reason}"
 
 
-def lane_lacks(model: str, kind: str) -> str:
-    return f"No dictionary {kind} has been learned for {model} yet: the atoms that this lane's codes are made of."
+def lane_lacks(kind: str) -> str:
+    return f"This lane codes with a dictionary that has not been learned for this model yet: {kind}."
 
 
-def prompt_held(model: str, kind: str) -> str:
-    return f"No dictionary {kind} has been learned for {model} yet. Learn it in its lane, or choose other settings."
+def prompt_held(kind: str) -> str:
+    return (
+        f"The dictionary {kind} has not been learned for this model yet. Learn it in its lane or change the settings."
+    )
 
 
 def learn_text_too_long(length: int, limit: int) -> str:
@@ -104,11 +106,18 @@ def lane_estimate(num_tokens: int, live_bytes: int, fp16_bytes: int, num_values:
     )
 
 
-def why_memory(kv_bytes: int, fp16_bytes: int, weight_bytes: int, process_bytes: int, lane: str) -> str:
+def why_memory(
+    kv_bytes: int, fp16_bytes: int, weight_bytes: int, process_bytes: int, lane: str, prompt_atom_bytes: int = 0
+) -> str:
     """The answer to `compressed, but the memory of the process did not fall`."""
     share = 100 * kv_bytes / max(1, process_bytes)
     share_text = "under 0.1 %" if share < 0.1 else f"{share:.1f} %"
     saved = fp16_bytes - kv_bytes
+    if saved <= 0 and prompt_atom_bytes:
+        return (
+            f"{lane} keeps {bytes_text(prompt_atom_bytes)} of atoms taken from the prompt, more than its codes save at "
+            "this length. They do not grow with the conversation, and the saving does: see 32k and 128k."
+        )
     if saved <= 0:
         return (
             f"So far {lane} holds its tokens exactly, so nothing is saved yet: what it packs are tokens that "
@@ -138,7 +147,7 @@ CLIENT = {
         "window": "exact window",
         "sinks": "exact sinks",
         "tables": "tables",
-        "dictionary": "dictionary of the prompt",
+        "dictionary": "prompt dictionary",
         "scratch": "scratch",
     },
     "part_help": {

@@ -129,7 +129,7 @@ def test_a_missing_dictionary_is_learned_and_the_prompt_goes_on(visitor, learned
     before = visitor.payload()["run_id"]
     page.fill("#kv-prompt textarea", LONG)
     page.press("#kv-prompt textarea", "Enter")
-    visitor.wait("document.querySelector('.kv-notice').textContent.includes('has been learned')")
+    visitor.wait("document.querySelector('.kv-notice').textContent.includes('has not been learned')")
     assert page.input_value("#kv-prompt textarea") == LONG
     page.click(f"{LEARN} summary")
     page.fill(f"{LEARN} textarea", "The boat lay under the bridge. " * 40)

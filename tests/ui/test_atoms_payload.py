@@ -124,6 +124,13 @@ def test_dictionaries_stand_beside_the_cache(coded):
     assert {**figures, "shared_bytes": 0} == without
 
 
+def test_a_prompt_whose_atoms_cost_more_than_codes_save_is_told_why(coded):
+    sample = coded.lanes[1].memory[-1]
+    assert "atoms taken from the prompt" not in drawn(coded)["sentence"]
+    sample.parts["dictionary"] = 10**9
+    assert "1.00 GB of atoms taken from the prompt" in drawn(coded)["sentence"]
+
+
 def recorded(num_steps=150):
     recorder, log = Recorder(), fakes.empty_log()
     for _ in fakes.play(log, num_steps):
