@@ -25,6 +25,7 @@ class Rotary:
     def __init__(self, embedding: torch.nn.Module | None, apply) -> None:
         self._embedding = embedding
         self._apply = apply
+        self._last: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @classmethod
     def of(cls, network: torch.nn.Module) -> "Rotary":
@@ -58,8 +59,12 @@ class Rotary:
 
     def _waves(self, keys: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, each fp32 `[1, T, W]` with W turned channels."""
-        like = torch.empty(0, dtype=torch.float32, device=keys.device)
-        return self._embedding(like, positions.to(keys.device).reshape(1, -1))
+        positions = positions.to(keys.device)
+        # Every layer of a prompt asks for the same positions.
+        if self._last is None or self._last[0].device != keys.device or not torch.equal(self._last[0], positions):
+            like = torch.empty(0, dtype=torch.float32, device=keys.device)
+            self._last = positions, self._embedding(like, positions.reshape(1, -1))
+        return self._last[1]
 
     def _turn(self, keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         flat = keys.float().reshape(1, prod(keys.shape[:-2]), *keys.shape[-2:])

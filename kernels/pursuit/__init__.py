@@ -101,16 +101,16 @@ def pack_atoms(codes: SparseCodes, *, coefficient_bits: int = COEFFICIENT_BITS) 
     that 10 bits do not hold.
     """
     levels = _levels(coefficient_bits)
-    indices, coefficients = codes.indices.to(torch.int32), codes.coefficients.float()
+    indices, coefficients = codes.indices, codes.coefficients.float()
     if indices.device.type == "cpu" and indices.numel() and int(indices.max()) >= 2**INDEX_BITS:
         raise ValueError(
             f"packed atoms need a dictionary of at most {2**INDEX_BITS} atoms; got index {int(indices.max())}"
         )
     scale = coefficients.abs().amax(dim=-1).clamp(max=LARGEST_SCALE).half()
     step = scale.float().unsqueeze(-1) / levels
-    steps = (coefficients / torch.where(step == 0, 1.0, step)).nan_to_num(0.0).clamp(-levels, levels).round()
-    steps = torch.where(step == 0, 0.0, steps).to(torch.int32)
-    return PackedAtoms((steps * 2**INDEX_BITS + indices).to(torch.int16), scale)
+    steps = coefficients.div(step).nan_to_num_(0.0).clamp_(-levels, levels).round_().masked_fill_(step == 0, 0.0)
+    # The largest word, 31 * 1024 + 1023, is the largest int16.
+    return PackedAtoms(steps.to(torch.int16).mul_(2**INDEX_BITS).add_(indices), scale)
 
 
 def unpack_atoms(packed: PackedAtoms, *, coefficient_bits: int = COEFFICIENT_BITS) -> SparseCodes:
