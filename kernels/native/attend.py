@@ -17,8 +17,8 @@ from kvlens.kernels.native.attend_arguments import field, field_address, side, s
 from kvlens.kernels.native.coded import (
     add_accumulators,
     coded_tokens,
+    prepare_keys,
     shrink_accumulators,
-    weave_tables,
     write_accumulators,
 )
 from kvlens.kernels.native.dense_rows import add_scaled, exponentiate, highest_score, scale_floats
@@ -154,7 +154,7 @@ def _attend_item(arguments, scratch, item, row):
     )
     _clear_partial(arguments, partial)
     if field(arguments, "accumulator_bytes") > 0:
-        weave_tables(arguments, (row * heads + head) * num_heads, task.scratch)
+        prepare_keys(arguments, row, head, task.scratch)
 
     length = int64(read_int32(field(arguments, "length") + 4 * row))
     tiles_per_item = field(arguments, "tiles_per_item")
@@ -201,7 +201,7 @@ def _walk(task, here, other, start, stop, factors, results):
         else:
             following = _first_page_after(task, here, other, first, page)
         count = min(page_tokens, last - token)
-        _packed_tokens(task, here, page, following, token + num_sinks - start, count, factors, results)
+        _packed_tokens(task, here, page, following, token, token + num_sinks - start, count, factors, results)
 
     slots, row_stride = side(here, "ring_slots"), side(here, "ring_row_stride")
     ring = side(here, "ring") + row * side(here, "ring_batch_stride") + head * side(here, "ring_head_stride")
@@ -242,11 +242,14 @@ def _heads_together(num_left):
 
 
 @njit(error_model="numpy")
-def _packed_tokens(task, here, page, following, offset, num_tokens, factors, results):
-    """Run the packed kernel over one page, for all heads. `offset`: of its first token in the tile."""
+def _packed_tokens(task, here, page, following, token, offset, num_tokens, factors, results):
+    """Run the packed kernel over one page, for all heads.
+
+    `token`: its first, among the packed ones; `offset`: the same in the tile.
+    """
     arguments = task.arguments
     if side(here, "coded") != 0:
-        coded_tokens(task, here, page, following, offset, num_tokens, factors, results)
+        coded_tokens(task, here, page, following, token, offset, num_tokens, factors, results)
         return
     page_tokens, num_heads = field(arguments, "page_tokens"), field(arguments, "heads_per_group")
     is_keys = here == field_address(arguments, "keys")

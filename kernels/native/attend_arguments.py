@@ -49,7 +49,10 @@ class AttendArguments(ctypes.Structure):
         # Sparse codes: a table row for every query head of the batch, its accumulators, and their kernels.
         *_int64_fields("lanes", "weave_rows", "part_table", "tables", "table_row_bytes"),
         *_int64_fields("accumulators", "accumulator_row_bytes", "accumulator_part_bytes", "accumulator_bytes"),
-        *_int64_fields("value_parts"),
+        *_int64_fields("value_parts", "totals_offset"),
+        # Keys that are coded before RoPE (`turned_rows`): atoms are 0 where there are none, means where they have none.
+        *_int64_fields("atoms", "turn_steps", "turn_starts", "turn_starts_stride", "turn_scratch_offset"),
+        *_int64_fields("turn_means", "means", "means_stride"),
         # Set by the plan, counted up by the workers.
         *_int64_fields("next_item", "next_thread", "tiles_per_item"),
         ("query_factor", ctypes.c_float),

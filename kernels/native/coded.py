@@ -1,8 +1,9 @@
 """What attention over sparse codes adds to the course of `attend`: tables before, accumulators beside the sums.
 
-Before the first tile an item weaves the rows of its heads' table (`tables`, query · dictionary^T) into lanes.
-Its partial result then has, after the sums of exact values, accumulators for every atom of the value
-dictionary, `[blocks of lanes, parts, atoms, lanes]`; they shrink and merge like sums, and leave as rows
+Before the first tile an item weaves the rows of its heads' table (`tables`, query · dictionary^T) into lanes, or,
+where keys are coded before RoPE (`atoms`), turns its head's mean. Its partial result then has, after the sums of
+exact values, accumulators for every atom of the value dictionary and one for the probabilities themselves,
+`[blocks of lanes, parts, atoms, lanes]`; they shrink and merge like sums, and leave as rows
 `[heads, parts, atoms]`, to meet the dictionary outside. Where heads do not fill whole blocks of lanes the
 last block takes some again.
 
@@ -36,10 +37,16 @@ def block_bytes(arguments):
 
 
 @njit(error_model="numpy")
-def weave_tables(arguments, first_row, scratch):
-    """Put the tables of a key/value head's queries, rows `first_row` on, into lanes; one head's stays where it is."""
+def prepare_keys(arguments, row, head, scratch):
+    """What an item needs before its first key: tables in lanes (one head's stays where it is), or turned means."""
     row_bytes, lanes = field(arguments, "table_row_bytes"), field(arguments, "lanes")
-    if lanes > 1:
+    if field(arguments, "atoms") != 0:
+        if field(arguments, "means") != 0:
+            mean = field(arguments, "means") + head * field(arguments, "means_stride")
+            target = scratch + field(arguments, "turn_scratch_offset")
+            call(field(arguments, "turn_means"), (mean, field(arguments, "turn_steps"), target))
+    elif lanes > 1:
+        first_row = (row * field(arguments, "num_kv_heads") + head) * field(arguments, "heads_per_group")
         for block in range(num_blocks(arguments)):
             rows = field(arguments, "tables") + (first_row + first_head(arguments, block)) * row_bytes
             call(
@@ -49,26 +56,41 @@ def weave_tables(arguments, first_row, scratch):
 
 
 @njit(error_model="numpy")
-def coded_tokens(task, here, page, following, offset, num_tokens, factors, results):
-    """Run the kernel of coded tokens over one page, for all heads. `offset`: of its first token in the tile."""
+def coded_tokens(task, here, page, following, token, offset, num_tokens, factors, results):
+    """Run the kernel of coded tokens over one page, for all heads.
+
+    `token`: the first of the page among the coded ones; `offset`: the same in the tile.
+    """
     arguments, lanes = task.arguments, field(task.arguments, "lanes")
     row_bytes, is_keys = field(arguments, "table_row_bytes"), here == field_address(arguments, "keys")
     num_heads, blocks = field(arguments, "heads_per_group"), num_blocks(arguments)
+    rows = results if is_keys else factors
     for block in range(blocks):
         first = first_head(arguments, block)
+        rows_address = rows.address + offset * rows.token_step + first * rows.head_stride
+        if is_keys and field(arguments, "atoms") != 0:
+            start = token // field(arguments, "page_tokens") * field(arguments, "turn_starts_stride")
+            call(side(here, "coded"), (
+                page[0], side(here, "codes_row_stride"), page[1], side(here, "scale_row_stride"), following[0],
+                following[1], num_tokens, field(arguments, "atoms"), field(arguments, "turn_steps"),
+                field(arguments, "turn_starts") + start, factors.address + first * factors.head_stride,
+                factors.head_stride, rows_address, rows.head_stride,
+                task.scratch + field(arguments, "turn_scratch_offset"),
+            ))  # fmt: skip
+            continue
+        totals = results.address
         if not is_keys:
             table = results.address + num_heads * results.head_stride + block * block_bytes(arguments)
+            totals = table + field(arguments, "totals_offset")
         elif lanes > 1:
             table = task.scratch + block * row_bytes * lanes
         else:
             heads_before = (task.row * field(arguments, "num_kv_heads") + task.head) * num_heads
             table = field(arguments, "tables") + heads_before * row_bytes
-        rows = results if is_keys else factors
         call(side(here, "coded"), (
             page[0], side(here, "codes_row_stride"), page[1], side(here, "scale_row_stride"), following[0],
-            following[1], num_tokens, table, field(arguments, "accumulator_part_bytes"),
-            rows.address + offset * rows.token_step + first * rows.head_stride, rows.head_stride,
-            task.scratch + blocks * row_bytes * lanes,
+            following[1], num_tokens, table, field(arguments, "accumulator_part_bytes"), totals,
+            rows_address, rows.head_stride, task.scratch + blocks * row_bytes * lanes,
         ))  # fmt: skip
 
 

@@ -46,14 +46,19 @@ def has_lookups() -> bool:
     `KVLENS_CPU_FEATURES=generic` says no, to test the arithmetic that other processors run.
     Raises: ValueError if that variable is neither `auto` nor `generic`.
     """
-    return _allows_lookups(os.environ.get("KVLENS_CPU_FEATURES", "auto"))
+    return _allows(os.environ.get("KVLENS_CPU_FEATURES", "auto"), "+avx512f")
+
+
+def has_half_arithmetic() -> bool:
+    """Whether vectors of fp16 are multiplied and added as they are here: AVX512-FP16 on x86. Otherwise as above."""
+    return _allows(os.environ.get("KVLENS_CPU_FEATURES", "auto"), "+avx512fp16")
 
 
 @cache
-def _allows_lookups(choice: str) -> bool:
+def _allows(choice: str, feature: str) -> bool:
     if choice not in ("auto", "generic"):
         raise ValueError(f"KVLENS_CPU_FEATURES must be auto or generic; got {choice!r}")
-    return choice == "auto" and "+avx512f" in _host_features().split(",")
+    return choice == "auto" and feature in _host_features().split(",")
 
 
 def require_half_floats() -> None:

@@ -18,23 +18,20 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from kvlens.kernels.native.code_blocks import Block, Codes, atoms_of, for_each_block, plus, scales_of
 from kvlens.kernels.native.vectors import (
-    FP16,
     NUM_LANES,
     Lanes,
     at,
     broadcast,
     gather,
     load_floats,
-    load_words,
-    prefetch,
     splat,
     store_floats,
     store_integers,
 )
 
 MAX_LANES = 16
-INDEX_BITS, LARGEST_CODE = 10, 31  # of a packed word, see `kvlens.kernels.sparse_attend`
 _ROW = 4 * NUM_LANES  # bytes of sixteen numbers in scratch memory
 
 
@@ -64,91 +61,33 @@ class CodeFormat:
 
 
 @dataclass(frozen=True)
-class CodeArguments:
-    """The parameters of a kernel: addresses, counts, and strides in bytes.
+class CodeArguments(Codes):
+    """The parameters of a kernel: codes, addresses, and strides in bytes.
 
-    Shapes: words int16 `[slots, tokens]`; coefficients fp16, the same or (packed) `[tokens]`; `next_*` is
-    what the next call reads, to prefetch; table fp32 `[parts, atoms, lanes]`, `part_stride` bytes a part; rows
-    fp32 `[num_heads, tokens]`, scores to write (up to fifteen more than there are tokens) or probabilities to
-    read; scratch of `block_bytes`.
+    Shapes: table fp32 `[parts, atoms, lanes]`, `part_stride` bytes a part; totals fp32 `[lanes]` (values alone), to
+    which the probabilities themselves are added; rows fp32 `[num_heads, tokens]`, scores to write (up to fifteen
+    more than there are tokens) or probabilities to read; scratch of `block_bytes`.
     """
 
-    words: ir.Value
-    words_stride: ir.Value
-    coefficients: ir.Value
-    coefficients_stride: ir.Value
-    next_words: ir.Value
-    next_coefficients: ir.Value
-    num_tokens: ir.Value
     table: ir.Value
     part_stride: ir.Value
+    totals: ir.Value
     rows: ir.Value
     rows_stride: ir.Value
     scratch: ir.Value
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Sixteen tokens from `token` on; of the last of a row, those that `mask` names."""
-
-    token: ir.Value
-    mask: ir.Value | None
-
-
-def _plus(builder, base: ir.Value, index, stride) -> ir.Value:
-    index, stride = (each if isinstance(each, ir.Value) else base.type(each) for each in (index, stride))
-    return builder.add(base, builder.mul(index, stride))
-
-
-def _for_each_block(builder, num_tokens: ir.Value, emit) -> None:
-    """Emit the loop over whole blocks, and the rest as a masked one."""
-    step = num_tokens.type(NUM_LANES)
-    whole = builder.and_(num_tokens, num_tokens.type(-NUM_LANES))
-    with cgutils.for_range_slice(builder, num_tokens.type(0), whole, step) as (token, _):
-        emit(_Block(token, None))
-    with builder.if_then(builder.icmp_unsigned("<", whole, num_tokens)):
-        left = builder.trunc(builder.sub(num_tokens, whole), ir.IntType(32))
-        lanes = splat(builder, list(range(NUM_LANES)), kind=ir.IntType(32))
-        emit(_Block(whole, builder.icmp_unsigned("<", lanes.value, broadcast(builder, left).value)))
-
-
-def _atoms(builder, given: CodeArguments, form: CodeFormat, block: _Block, slot: int) -> tuple[Lanes, Lanes]:
-    """Indices (int32) and codes or coefficients (fp32) of one slot of a block; 0 and 0 past its end."""
-    here = _places(builder, block, slot, given.words, given.next_words, given.words_stride)
-    words = load_words(builder, here, NUM_LANES, is_signed=form.is_packed, mask=block.mask)
-    if form.is_packed:
-        return words & (2**INDEX_BITS - 1), words.shifted_down(INDEX_BITS).as_float()
-    here = _places(builder, block, slot, given.coefficients, given.next_coefficients, given.coefficients_stride)
-    return words, load_floats(builder, here, NUM_LANES, element=FP16, mask=block.mask)
-
-
-def _places(builder, block: _Block, slot: int, base: ir.Value, next_base: ir.Value, stride: ir.Value) -> ir.Value:
-    """Where a slot's 16-bit numbers of a block lie; those of the next call are asked for."""
-    prefetch(builder, _plus(builder, _plus(builder, next_base, slot, stride), block.token, 2), 2 * NUM_LANES)
-    return _plus(builder, _plus(builder, base, slot, stride), block.token, 2)
-
-
-def _scales(builder, given: CodeArguments, form: CodeFormat, block: _Block) -> Lanes:
-    """What the codes of each token of a block are multiplied by."""
-    if not form.is_packed:
-        return splat(builder, 1.0)
-    here = _places(builder, block, 0, given.coefficients, given.next_coefficients, given.coefficients_stride)
-    return load_floats(builder, here, NUM_LANES, element=FP16, mask=block.mask) * (1 / LARGEST_CODE)
-
-
-def _leave_atoms(builder, given: CodeArguments, form: CodeFormat, block: _Block) -> None:
+def _leave_atoms(builder, given: CodeArguments, form: CodeFormat, block: Block) -> None:
     """Write a block's offsets in the table, then its codes, to scratch: a row of sixteen a slot."""
     for slot in range(form.slots):
-        indices, codes = _atoms(builder, given, form, block, slot)
+        indices, codes = atoms_of(builder, given, block, slot, is_packed=form.is_packed)
         store_integers(builder, indices << (4 * form.lanes).bit_length() - 1, given.scratch, _ROW * slot)
         store_floats(builder, codes, given.scratch, _ROW * (form.slots + slot))
 
 
 def _for_each_token(builder, given: CodeArguments, form: CodeFormat):
     """Loop over sixteen tokens: the address of each one's number in every row of scratch memory."""
-    return cgutils.for_range_slice(
-        builder, given.scratch, _plus(builder, given.scratch, 1, _ROW), given.scratch.type(4)
-    )
+    return cgutils.for_range_slice(builder, given.scratch, plus(builder, given.scratch, 1, _ROW), given.scratch.type(4))
 
 
 def _atom(builder, form: CodeFormat, place: ir.Value, table: ir.Value, slot: int) -> tuple[ir.Value, ir.Value]:
@@ -161,18 +100,18 @@ def _atom(builder, form: CodeFormat, place: ir.Value, table: ir.Value, slot: int
 def _place_of_lanes(builder, given: CodeArguments, form: CodeFormat, place: ir.Value) -> ir.Value:
     """Where the lanes of the token at `place` lie, after all rows of atoms."""
     token = builder.sub(place, given.scratch)
-    return builder.add(_plus(builder, given.scratch, token, form.lanes), place.type(_ROW * 2 * form.slots))
+    return builder.add(plus(builder, given.scratch, token, form.lanes), place.type(_ROW * 2 * form.slots))
 
 
 def emit_score(builder, given: CodeArguments, form: CodeFormat) -> None:
     """Scores of all tokens, overwriting what was there."""
 
-    def emit(block: _Block) -> None:
-        scales = _scales(builder, given, form, block)
+    def emit(block: Block) -> None:
+        scales = scales_of(builder, given, block, is_packed=form.is_packed)
         if form.lanes == 1:
             total = splat(builder, 0.0)
             for slot in range(form.slots):
-                indices, codes = _atoms(builder, given, form, block, slot)
+                indices, codes = atoms_of(builder, given, block, slot, is_packed=form.is_packed)
                 found = gather(builder, given.table, indices, has_lookups=form.has_lookups)
                 total = codes.times_plus(found, total)
             totals = [total]
@@ -187,23 +126,26 @@ def emit_score(builder, given: CodeArguments, form: CodeFormat) -> None:
             lanes = builder.add(given.scratch, given.scratch.type(_ROW * 2 * form.slots))
             totals = parted(_vectors(builder, lanes, form.lanes))
         for head in range(form.num_heads):
-            place = _plus(builder, _plus(builder, given.rows, head, given.rows_stride), block.token, 4)
+            place = plus(builder, plus(builder, given.rows, head, given.rows_stride), block.token, 4)
             store_floats(builder, totals[head] * scales, place)
 
-    _for_each_block(builder, given.num_tokens, emit)
+    for_each_block(builder, given.num_tokens, emit)
 
 
 def emit_scatter(builder, given: CodeArguments, form: CodeFormat) -> None:
-    """Add the tokens' probabilities to the atoms of the table."""
-    tables = [_plus(builder, given.table, part, given.part_stride) for part in range(form.parts)]
+    """Add the tokens' probabilities to the atoms of the table, and to the totals."""
+    tables = [plus(builder, given.table, part, given.part_stride) for part in range(form.parts)]
+    totals = [cgutils.alloca_once_value(builder, splat(builder, 0.0).value) for _ in range(form.num_heads)]
 
-    def emit(block: _Block) -> None:
+    def emit(block: Block) -> None:
         _leave_atoms(builder, given, form, block)
-        scales = _scales(builder, given, form, block)
+        scales = scales_of(builder, given, block, is_packed=form.is_packed)
         weights = []
         for head in range(form.num_heads):
-            place = _plus(builder, _plus(builder, given.rows, head, given.rows_stride), block.token, 4)
-            weights.append(load_floats(builder, place, NUM_LANES, mask=block.mask) * scales)
+            place = plus(builder, plus(builder, given.rows, head, given.rows_stride), block.token, 4)
+            weight = load_floats(builder, place, NUM_LANES, mask=block.mask)
+            builder.store((Lanes(builder, builder.load(totals[head])) + weight).value, totals[head])
+            weights.append(weight * scales)
         weights += [splat(builder, 0.0)] * (form.lanes - form.num_heads)
         for index, vector in enumerate(woven(weights)):
             store_floats(builder, vector, given.scratch, _ROW * (2 * form.slots + index))
@@ -213,7 +155,11 @@ def emit_scatter(builder, given: CodeArguments, form: CodeFormat) -> None:
                 row, code = _atom(builder, form, place, tables[slot * form.parts // form.slots], slot)
                 store_floats(builder, weight.times_plus(code, load_floats(builder, row, form.lanes)), row)
 
-    _for_each_block(builder, given.num_tokens, emit)
+    for_each_block(builder, given.num_tokens, emit)
+    for head, total in enumerate(totals):
+        place = at(builder, given.totals, ir.FloatType(), 4 * head)
+        more = Lanes(builder, builder.load(total)).sum()
+        builder.store(builder.fadd(builder.load(place, align=4), more), place, align=4)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -265,12 +211,12 @@ def emit_weave(builder, rows, rows_stride, num_atoms, table, form: CodeFormat) -
     """table[n, h] = rows[h, n] for whole vectors of atoms; lanes without a head are 0."""
     with cgutils.for_range_slice(builder, num_atoms.type(0), num_atoms, num_atoms.type(NUM_LANES)) as (atom, _):
         heads = [
-            load_floats(builder, _plus(builder, _plus(builder, rows, head, rows_stride), atom, 4), NUM_LANES)
+            load_floats(builder, plus(builder, plus(builder, rows, head, rows_stride), atom, 4), NUM_LANES)
             for head in range(form.num_heads)
         ]
         heads += [splat(builder, 0.0)] * (form.lanes - form.num_heads)
         for index, vector in enumerate(woven(heads)):
-            store_floats(builder, vector, _plus(builder, table, atom, 4 * form.lanes), _ROW * index)
+            store_floats(builder, vector, plus(builder, table, atom, 4 * form.lanes), _ROW * index)
 
 
 def emit_part(builder, table, num_atoms, factors, rows, rows_stride, form: CodeFormat) -> None:
@@ -280,9 +226,9 @@ def emit_part(builder, table, num_atoms, factors, rows, rows_stride, form: CodeF
         for head in range(form.num_heads)
     ]
     with cgutils.for_range_slice(builder, num_atoms.type(0), num_atoms, num_atoms.type(NUM_LANES)) as (atom, _):
-        heads = parted(_vectors(builder, _plus(builder, table, atom, 4 * form.lanes), form.lanes))
+        heads = parted(_vectors(builder, plus(builder, table, atom, 4 * form.lanes), form.lanes))
         for head, factor in enumerate(factors):
-            place = _plus(builder, _plus(builder, rows, head, rows_stride), atom, 4)
+            place = plus(builder, plus(builder, rows, head, rows_stride), atom, 4)
             store_floats(builder, heads[head] * factor, place)
 
 

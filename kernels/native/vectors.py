@@ -15,7 +15,8 @@ from numba.core import cgutils
 NUM_LANES = 16
 CACHE_LINE_BYTES = 64
 
-_i16, _i32, _i64, _f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_i16, _i32, _i64, _f16, _f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.HalfType(), ir.FloatType()
+_FLOATS = {_f16: "f16", _f32: "f32"}
 
 # How a stored element becomes fp32. The numbers are part of the compiled kernels' names.
 FP32, FP16, BF16 = 0, 1, 2
@@ -27,7 +28,7 @@ _EXP2_TERMS = [math.log(2) ** n / math.factorial(n) for n in range(8)]
 
 
 class Lanes:
-    """An LLVM vector of fp32 or int32 lanes; an operator emits its instruction.
+    """An LLVM vector of fp32, int32 or (where a word says so) fp16 lanes; an operator emits its instruction.
 
     Constants on the right may be a number (every lane) or a list (lane by lane).
     """
@@ -45,7 +46,7 @@ class Lanes:
         return constant(self.value.type, other)
 
     def _emit(self, name: str, other) -> "Lanes":
-        prefix = "f" if self.value.type.element == _f32 and name in ("add", "sub", "mul", "div") else ""
+        prefix = "f" if self.value.type.element in _FLOATS and name in ("add", "sub", "mul", "div") else ""
         return Lanes(self.builder, getattr(self.builder, prefix + name)(self.value, self._operand(other)))
 
     def __add__(self, other):
@@ -99,7 +100,7 @@ class Lanes:
     def call(self, name: str, *others) -> "Lanes":
         """An LLVM intrinsic that takes and gives vectors of this type."""
         vector = self.value.type
-        kind = f"v{vector.count}" + ("f32" if vector.element == _f32 else "i32")
+        kind = f"v{vector.count}{_FLOATS.get(vector.element, 'i32')}"
         return self._call(f"llvm.{name}.{kind}", vector, [self, *others])
 
     def _call(self, symbol: str, returned: ir.Type, operands: list) -> "Lanes":
@@ -122,6 +123,13 @@ class Lanes:
 
     def bits_as_float(self) -> "Lanes":
         return Lanes(self.builder, self.builder.bitcast(self.value, ir.VectorType(_f32, self.num_lanes)))
+
+    def negative(self) -> "Lanes":
+        return Lanes(self.builder, self.builder.fneg(self.value))
+
+    def widened(self) -> "Lanes":
+        """The fp32 numbers equal to these fp16 lanes."""
+        return Lanes(self.builder, self.builder.fpext(self.value, ir.VectorType(_f32, self.num_lanes)))
 
     def larger(self, other: "Lanes") -> "Lanes":
         """The larger of each pair of lanes; `other` where either is NaN."""
@@ -183,7 +191,7 @@ class Lanes:
 def constant(kind: ir.Type, number) -> ir.Constant:
     """`number` in every lane, or a list lane by lane."""
     numbers = list(number) if isinstance(number, (list, tuple)) else [number] * kind.count
-    cast = float if kind.element == _f32 else int
+    cast = float if kind.element in _FLOATS else int
     return ir.Constant(kind, [ir.Constant(kind.element, cast(each)) for each in numbers])
 
 
@@ -237,6 +245,11 @@ def load_words(
     value = _load(builder, address, ir.VectorType(_i16, count), mask)
     extend = builder.sext if is_signed else builder.zext
     return Lanes(builder, extend(value, ir.VectorType(_i32, count)))
+
+
+def load_halves(builder: ir.IRBuilder, address: ir.Value, count: int, offset: int = 0) -> Lanes:
+    """`count` neighbouring fp16 numbers as they are: arithmetic on them rounds to fp16."""
+    return Lanes(builder, builder.load(at(builder, address, ir.VectorType(_f16, count), offset), align=2))
 
 
 def gather(builder: ir.IRBuilder, address: ir.Value, indices: Lanes, *, has_lookups: bool) -> Lanes:

@@ -25,7 +25,7 @@ import torch
 
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.native import jit, threads
-from kvlens.kernels.native.attend_arguments import Side
+from kvlens.kernels.native.attend_arguments import AttendArguments, Side
 from kvlens.kernels.native.attend_call import (
     ELEMENTS,
     LOG_2,
@@ -36,8 +36,10 @@ from kvlens.kernels.native.attend_call import (
     element_of,
     exact_kernels,
     kept_call,
+    lines,
     with_strides,
 )
+from kvlens.kernels.native.dense_rows import padded
 from kvlens.kernels.native.jit import depends_on
 from kvlens.kernels.native.sparse_rows import (
     MAX_LANES,
@@ -48,8 +50,9 @@ from kvlens.kernels.native.sparse_rows import (
     score_codes,
     weave_rows,
 )
-from kvlens.kernels.native.vectors import FP32, NUM_LANES
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, reference
+from kvlens.kernels.native.turned_rows import score_turned, scratch_bytes, turn_means
+from kvlens.kernels.native.vectors import FP32
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, prepared
 
 jit.require_half_floats()
 
@@ -59,11 +62,13 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
 
     Raises: ValueError for an element type that the kernels do not read.
     """
-    if past.turn is not None or past.values.means is not None:
-        return reference.sparse_attend(query, past, exact, scaling=scaling)
     call = _kept(query, past, exact)
-    scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
-    torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])
+    turned = None
+    if past.turn is None:
+        scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
+        torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])
+    else:
+        turned = _place_turned(call.attend.arguments, past, exact)
     output = torch.empty(query.shape, dtype=torch.float32)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32)
     num_tokens = as_dtype(torch.int32, past.num_tokens).contiguous()
@@ -73,9 +78,14 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
         _place_coded(call.attend.arguments.values, past.values, num_tokens),
     )
     call.attend.enter(query, past.page_table, exact, output, log_sum_exp, scaling)
-    del copies
-    atoms = call.accumulators[:, : len(past.values.dictionary)]
+    del copies, turned
+    num_atoms = len(past.values.dictionary)
+    atoms = call.accumulators[:, :num_atoms]
     output.view(len(atoms), -1).addmm_(atoms, past.values.dictionary)
+    if past.values.means is not None:
+        heads = query.shape[0], len(past.values.means), -1
+        totals = call.accumulators[:: past.layout.value_parts, num_atoms].view(*heads, 1)
+        output.view(*heads, query.shape[2]).addcmul_(totals, past.values.means.unsqueeze(1))
     return Attended(output.to(query.dtype), log_sum_exp)
 
 
@@ -86,14 +96,19 @@ def warm_up(
     heads_per_group: int,
     query_dtype: torch.dtype,
     exact_dtype: torch.dtype,
+    turned_channels: int = 0,
+    has_key_means: bool = False,
 ) -> float:
     """Compile what attention over `layout` needs; gives the milliseconds spent.
+
+    `turned_channels`: of keys that are coded before RoPE, else 0.
 
     Safe on a background thread: a call that needs a kernel meanwhile waits for it.
     """
     known = set(jit.compiled())
     elements = ELEMENTS[query_dtype], FP32, ELEMENTS[exact_dtype]
-    _kernels(CallShape(head_dim, heads_per_group, layout.page_tokens, 0, *elements, jit.has_lookups()), layout)
+    shape = CallShape(head_dim, heads_per_group, layout.page_tokens, 0, *elements, jit.has_lookups())
+    _kernels(shape, layout, _Turned(turned_channels, has_key_means, jit.has_half_arithmetic()))
     return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
 
 
@@ -104,12 +119,12 @@ def warm_up(
 def score_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
     def score(
         words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
-        table, part_stride, rows, rows_stride, scratch,
+        table, part_stride, totals, rows, rows_stride, scratch,
     ):  # fmt: skip
         depends_on(source)
         score_codes(
             (words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
-             table, part_stride, rows, rows_stride, scratch),
+             table, part_stride, totals, rows, rows_stride, scratch),
             slots, parts, is_packed, num_heads, has_lookups,
         )  # fmt: skip
 
@@ -119,16 +134,39 @@ def score_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
 def scatter_codes_kernel(slots, parts, is_packed, num_heads, has_lookups, source):
     def scatter(
         words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
-        table, part_stride, rows, rows_stride, scratch,
+        table, part_stride, totals, rows, rows_stride, scratch,
     ):  # fmt: skip
         depends_on(source)
         scatter_codes(
             (words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
-             table, part_stride, rows, rows_stride, scratch),
+             table, part_stride, totals, rows, rows_stride, scratch),
             slots, parts, is_packed, num_heads, has_lookups,
         )  # fmt: skip
 
     return scatter
+
+
+def score_turned_kernel(slots, is_packed, num_heads, head_dim, width, has_means, is_half, source):
+    def score(
+        words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+        atoms, steps, start, queries, queries_stride, rows, rows_stride, scratch,
+    ):  # fmt: skip
+        depends_on(source)
+        score_turned(
+            (words, words_stride, coefficients, coefficients_stride, next_words, next_coefficients, num_tokens,
+             atoms, steps, start, queries, queries_stride, rows, rows_stride, scratch),
+            slots, is_packed, num_heads, head_dim, width, has_means, is_half,
+        )  # fmt: skip
+
+    return score
+
+
+def turn_means_kernel(head_dim, width, source):
+    def turn(mean, steps, target):
+        depends_on(source)
+        turn_means((mean, steps, target), 1, 0, 1, head_dim, width, 1, 0)
+
+    return turn
 
 
 def weave_kernel(num_heads, source):
@@ -147,24 +185,40 @@ def part_kernel(num_heads, source):
     return part
 
 
-@lru_cache(maxsize=256)
-def _kernels(shape: CallShape, layout: SparseLayout) -> AttendKernels:
-    heads = min(shape.heads_per_group, MAX_LANES)
+@dataclass(frozen=True)
+class _Turned:
+    """Keys that are coded before RoPE: `width` of their channels are turned; 0 if they were coded after it."""
 
-    def coded(factory, atoms: int, parts: int) -> dict[str, int]:
-        constants = parts * atoms, parts, int(layout.is_packed), heads, int(shape.has_lookups)
+    width: int
+    has_means: bool
+    is_half: bool
+
+
+@lru_cache(maxsize=256)
+def _kernels(shape: CallShape, layout: SparseLayout, turned: _Turned) -> AttendKernels:
+    heads, is_packed = min(shape.heads_per_group, MAX_LANES), int(layout.is_packed)
+
+    def coded(factory, *constants: int) -> dict[str, int]:
         return {"coded": jit.kernel(factory, *constants).address}
 
-    exact = exact_kernels(shape)
+    exact, values = exact_kernels(shape), layout.value_parts
+    of_codes = is_packed, heads, int(shape.has_lookups)
+    common = {"part_table": jit.kernel(part_kernel, heads).address}
+    if turned.width:
+        row = shape.head_dim, turned.width
+        keys = coded(
+            score_turned_kernel, layout.key_atoms, is_packed, heads, *row, int(turned.has_means), int(turned.is_half)
+        )
+        if turned.has_means:
+            common["turn_means"] = jit.kernel(turn_means_kernel, *row).address
+    else:
+        keys = coded(score_codes_kernel, layout.key_atoms, 1, *of_codes)
+        common["weave_rows"] = jit.kernel(weave_kernel, heads).address
     return replace(
         exact,
-        common=exact.common
-        | {
-            "weave_rows": jit.kernel(weave_kernel, heads).address,
-            "part_table": jit.kernel(part_kernel, heads).address,
-        },
-        keys=exact.keys | coded(score_codes_kernel, layout.key_atoms, 1),
-        values=exact.values | coded(scatter_codes_kernel, layout.value_atoms, layout.value_parts),
+        common=exact.common | common,
+        keys=exact.keys | keys,
+        values=exact.values | coded(scatter_codes_kernel, values * layout.value_atoms, values, *of_codes),
     )
 
 
@@ -176,7 +230,8 @@ def _kernels(shape: CallShape, layout: SparseLayout) -> AttendKernels:
 class _Kept:
     """A native call, and what goes in and comes out beside it; rows are filled up to whole vectors of atoms.
 
-    Shapes: table fp32 `[B*HQ, atoms]`, accumulators fp32 `[B*HQ*parts, atoms]`.
+    Shapes: table fp32 `[B*HQ, atoms]`, accumulators fp32 `[B*HQ*parts, atoms]`. In accumulators the number after all
+    atoms is, in the first part, the probability of all coded tokens.
     """
 
     attend: AttendCall
@@ -190,30 +245,35 @@ def _kept(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> _Kept:
     num_kv_heads, num_sinks = exact.sink_keys.shape[1:3]
     layout, has_lookups, num_threads = past.layout, jit.has_lookups(), threads.num_threads()
     num_atoms = len(past.keys.dictionary), len(past.values.dictionary)
+    width = 0 if past.turn is None else 2 * len(past.turn.inverse_frequencies)
+    turned = _Turned(width, past.keys.means is not None, jit.has_half_arithmetic())
 
     def build() -> _Kept:
         heads, parts = num_query_heads // num_kv_heads, layout.value_parts
         elements = element_of(query), FP32, element_of(exact.keys)
         shape = CallShape(head_dim, heads, layout.page_tokens, num_sinks, *elements, has_lookups)
-        key_atoms, value_atoms = (-(-number // NUM_LANES) * NUM_LANES for number in num_atoms)
+        key_atoms, value_atoms = (0 if width else padded(num_atoms[0])), padded(num_atoms[1] + 1)
         with torch.inference_mode(False):  # a tensor made inside could not be written to outside
             table = torch.zeros(batch * num_query_heads, key_atoms)
             accumulators = torch.zeros(batch * num_query_heads * parts, value_atoms)
         lanes = lanes_of(heads)
         blocks = -(-heads // lanes)
         slots = max(layout.key_atoms, parts * layout.value_atoms)
+        own_bytes = lines(4 * blocks * lanes * key_atoms + block_bytes(slots, heads))
+        turn_bytes = scratch_bytes(layout.key_atoms, min(heads, MAX_LANES), head_dim, width) if width else 0
         attend = AttendCall(
-            shape, _kernels(shape, layout), batch=batch, num_kv_heads=num_kv_heads, num_threads=num_threads,
-            own_scratch_bytes=4 * blocks * lanes * key_atoms + block_bytes(slots, heads),
+            shape, _kernels(shape, layout, turned), batch=batch, num_kv_heads=num_kv_heads, num_threads=num_threads,
+            own_scratch_bytes=own_bytes + turn_bytes, turn_scratch_offset=own_bytes,
             accumulator_bytes=4 * blocks * lanes * parts * value_atoms,
             accumulator_part_bytes=4 * lanes * value_atoms, accumulator_row_bytes=4 * parts * value_atoms,
             lanes=lanes, value_parts=parts, table_row_bytes=4 * key_atoms,
-            tables=table.data_ptr(), accumulators=accumulators.data_ptr(),
+            tables=table.data_ptr(), accumulators=accumulators.data_ptr(), totals_offset=4 * lanes * num_atoms[1],
         )  # fmt: skip
         return _Kept(attend, table, accumulators)
 
     key = (
-        layout, query.shape, num_kv_heads, num_sinks, query.dtype, exact.keys.dtype, has_lookups, num_threads, num_atoms
+        layout, query.shape, num_kv_heads, num_sinks, query.dtype, exact.keys.dtype, has_lookups, num_threads,
+        num_atoms, turned,
     )  # fmt: skip
     return kept_call(key, build)
 
@@ -227,3 +287,23 @@ def _place_coded(side: Side, coded: SparseSide, num_tokens: torch.Tensor) -> tup
     side.scale_row_stride = 2 * slot[0] if len(slot) == 2 else 0
     side.num_packed = num_tokens.data_ptr()
     return words, coefficients
+
+
+def _place_turned(arguments: AttendArguments, past: SparsePast, exact: ExactTokens) -> tuple[torch.Tensor | None, ...]:
+    """Fill in what turns keys. Gives what must live as long as the addresses are used."""
+    width, keys = 2 * len(past.turn.inverse_frequencies), past.keys
+    atoms = prepared.rows(keys.dictionary, width, torch.float16 if jit.has_half_arithmetic() else torch.float32)
+    waves = prepared.waves(
+        past.turn,
+        page_tokens=past.layout.page_tokens,
+        first=exact.sink_keys.shape[2],
+        num_pages=past.page_table.shape[1],
+    )
+    arguments.atoms = atoms.data_ptr()
+    arguments.turn_steps, arguments.turn_starts = waves.steps.data_ptr(), waves.starts.data_ptr()
+    arguments.turn_starts_stride = 4 * waves.starts.shape[1]
+    means = None
+    if keys.means is not None:
+        means = prepared.rows(keys.means, width, torch.float32)
+        arguments.means, arguments.means_stride = means.data_ptr(), 4 * means.shape[1]
+    return atoms, waves.steps, waves.starts, means
