@@ -1,7 +1,8 @@
 """Takes the README's pictures from the running app: `python -m tools.screenshots`.
 
 Starts the page with the embedded model in this process, drives it with Chromium, and writes
-`assets/screenshots/*.png`: light, dark, a phone, the key-channel outliers, settings and the first paint.
+`assets/screenshots/*.png`: light, dark, a phone, the key-channel outliers, settings, the first paint,
+the atoms of sparse codes and the throughput lab.
 """
 
 import argparse
@@ -102,6 +103,18 @@ def main() -> None:
         page.click("#kv-lane-b .kv-summary")
         page.wait_for_timeout(300)
         shoot(page, "settings", folder)
+
+        page = open_page(browser, address, size=DESKTOP, theme="light", query="&method_b=csr&b.window=16&b.flush=8")
+        ask(page, options.prompt)
+        page.wait_for_selector(".kv-panel-atoms .main-svg")
+        shoot(page, "atoms-light", folder, full_page=True)
+
+        page = open_page(browser, address, size=DESKTOP, theme="dark")
+        page.get_by_role("tab", name="Throughput").click()
+        page.click(".kv-lab-go")
+        page.wait_for_selector(".kv-lab-plot .main-svg")
+        page.wait_for_function("!document.querySelector('.kv-lab-go').disabled", timeout=300_000)
+        shoot(page, "throughput-dark", folder, full_page=True)
 
         page = open_page(browser, address, size=PHONE, theme="light", query=quick)
         shoot(page, "phone", folder, full_page=True)

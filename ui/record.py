@@ -49,6 +49,7 @@ STANDARD = (
         lane_a="kivi:residual_length=32",
         lane_b="kivi:residual_length=32,key_bits=4,value_bits=4",
     ),
+    Plan("4-sparse-codes-against-two-bits", (FACTS, "Tell me a long story about a fox and a lantern."), "kivi", "csr"),
 )
 
 
