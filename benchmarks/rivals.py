@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from kvlens.engine.model import LoadedModel
-from kvlens.engine.throughput import CELL_SECONDS, MIN_TIMED_STEPS, TIMED_STEPS, WARM_UP_STEPS
+from kvlens.engine.throughput import CELL_SECONDS, ROUND_STEPS, TIMED_STEPS, WARM_UP_STEPS
 
 PACKAGES = {"hqq": "hqq", "quanto": "optimum.quanto"}
 AXES = {"hqq": 1, "quanto": 0}
@@ -35,13 +35,14 @@ class Rival:
 def measure(rival: Rival, model: LoadedModel, context: int) -> tuple[float, int]:
     """Median milliseconds of a step that ends at `context` tokens, and the bytes that the cache then holds.
 
-    A slow rival says what it has to say in fewer steps.
+    The steps are the last sixteenth of the context; a slow rival says what it has to say in fewer.
     """
     cache, times = rival.make(model), []
+    num_steps = max(ROUND_STEPS, min(TIMED_STEPS, context // 16))
     with torch.inference_mode(), _own_attention(model):
-        _run(model, cache, [40 + position % 50 for position in range(context - WARM_UP_STEPS - TIMED_STEPS)])
-        while len(times) < WARM_UP_STEPS + TIMED_STEPS and (
-            len(times) < WARM_UP_STEPS + MIN_TIMED_STEPS or sum(times) < 1000 * CELL_SECONDS
+        _run(model, cache, [40 + position % 50 for position in range(context - WARM_UP_STEPS - num_steps)])
+        while len(times) < WARM_UP_STEPS + num_steps and (
+            len(times) < WARM_UP_STEPS + ROUND_STEPS or sum(times) < 1000 * CELL_SECONDS
         ):
             begin = time.perf_counter()
             _run(model, cache, [40])

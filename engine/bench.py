@@ -11,7 +11,7 @@ from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError
 from kvlens.engine.facts import StandInFacts
-from kvlens.engine.generate import forward, forward_batch
+from kvlens.engine.generate import forward_batch
 from kvlens.engine.measure import Stopwatch, last_cache_bytes
 from kvlens.engine.model import LoadedModel
 from kvlens.engine.registry import method
@@ -62,17 +62,12 @@ class Bench(Protocol):
 
 
 class NetworkBench:
-    """The whole network of a model, by the same forward pass as a chat.
-
-    A chat's one sequence may take a shorter way than a batch can. Where batches are measured beside it
-    (`has_batches`), it takes the way of the batches, so that batch sizes compare.
-    """
+    """The whole network of a model, by the same decode step as a chat's."""
 
     scope = "network"
 
-    def __init__(self, model: LoadedModel, *, has_batches: bool = False) -> None:
+    def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self.has_batches = has_batches
         self.name, self.shape, self.device = model.name, model.shape, model.device
         self.max_context = model.max_context
         self._vocabulary = model.network.get_input_embeddings().num_embeddings
@@ -89,9 +84,7 @@ class NetworkBench:
 
     def step(self, cache: KVCache) -> float:
         rows = [[(7 * (cache.seen_tokens(0) + row) + 3) % self._vocabulary] for row in range(cache.num_rows)]
-        if self.has_batches:
-            return forward_batch(self.model, cache, rows).milliseconds
-        return forward(self.model, cache, rows[0]).milliseconds
+        return forward_batch(self.model, cache, rows).milliseconds
 
 
 class AttentionBench:

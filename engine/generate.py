@@ -27,24 +27,36 @@ class Forward:
 
 
 def forward(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Forward:
-    """One pass of one sequence over `token_ids`, timed by itself; a step takes the short way where there is one."""
-    if model.lean is not None and len(token_ids) == 1 and cache.num_rows == 1 and not cache.is_in_prefill:
-        watch = Stopwatch()
-        with torch.inference_mode(), watch.measure(model.device):
-            logits = model.lean.run(cache, token_ids[0])
-        cache.observe()
-        return Forward(logits, watch.milliseconds, 1)
+    """One pass of one sequence over `token_ids`, timed by itself."""
     result = forward_batch(model, cache, [token_ids])
     return replace(result, logits=result.logits[0])
 
 
 def forward_batch(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> Forward:
-    """The same for as many tokens of each sequence of a batch. Shapes: rows `[B][T]`, logits `[B, V]`."""
-    ids = torch.tensor(rows, device=model.device)
+    """The same for as many tokens of each sequence of a batch; a step takes the short way where there is one.
+
+    Shapes: rows `[B][T]`, logits `[B, V]`. In a step every token has its own sequence's position.
+    """
+    is_step = len(rows[0]) == 1 and not cache.is_in_prefill
+    pass_over = _short_step if is_step and model.lean is not None else _network_pass
     watch = Stopwatch()
     with torch.inference_mode(), watch.measure(model.device):
-        logits = model.network(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return Forward(logits, watch.milliseconds, ids.numel())
+        logits = pass_over(model, cache, rows)
+    cache.observe()
+    return Forward(logits, watch.milliseconds, len(rows) * len(rows[0]))
+
+
+def _short_step(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return model.lean.run(cache, [token for (token,) in rows])
+
+
+def _network_pass(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A ragged batch must be told its positions: the network would count columns."""
+    ids, options = torch.tensor(rows, device=model.device), {}
+    if not cache.is_in_prefill and min(cache.lengths[0]) != max(cache.lengths[0]):
+        first = torch.tensor(cache.lengths[0], device=model.device).unsqueeze(1)
+        options["position_ids"] = first + torch.arange(ids.shape[1], device=model.device)
+    return model.network(ids, past_key_values=cache, logits_to_keep=1, **options).logits[:, -1]
 
 
 def prefill(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Iterator[Forward]:

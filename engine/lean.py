@@ -1,15 +1,15 @@
-"""A decode step without Hugging Face's forward: one token through a known decoder in one native call.
+"""A decode step without Hugging Face's forward: one token of each sequence through a known decoder in one native call.
 
 Most of a small model's step through transformers is Python and dispatch. For the Llama family on a CPU the
 step runs from the model's own weights in `kernels/decoder_step`, and a cache that offers its own step as tasks
-joins the same native call; any other cache is asked once a layer. Prompts and batches take the network's forward.
+joins the same native call; any other cache is asked once a layer. Prompts take the network's forward.
 
 Weights that were stored in 16 bits are read in these 16 bits (every value is the same, half the bytes); what
 that takes beside the network is counted. Arithmetic is fp32. A model is served so only if its logits prove it
 (`model.py`); otherwise the reason is told and every step takes the network.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -56,13 +56,12 @@ class LeanStep:
         except ValueError as error:
             raise ModelError(f"its sizes do not fit the kernels ({error})") from error
 
-    def run(self, cache: KVCache, token: int) -> torch.Tensor:
-        """Logits after `token`, which joins the one sequence of `cache`. Shapes: fp32 `[V]`."""
+    def run(self, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits after `tokens`, one of which joins each sequence of `cache`. Shapes: fp32 `[B, V]`."""
         bound = self._bound.get(cache)
         if bound is None:
-            bound = self._bound[cache] = _Bound(decoder(self._weights), self._scaling)
-        position = cache.seen_tokens(0)
-        return bound.run(cache, token, self._rotation(position))
+            bound = self._bound[cache] = _Bound(decoder(self._weights, cache.num_rows), self._scaling)
+        return bound.run(cache, tokens, self._table)
 
     # ------------------------------------------------------------------ weights
 
@@ -116,14 +115,14 @@ class LeanStep:
 
     # ------------------------------------------------------------------ positions
 
-    def _rotation(self, position: int) -> torch.Tensor:
-        """Cosines, then sines, of a position. Shapes: `[D]`."""
-        if position >= len(self._rotations):
-            positions = torch.arange((position // _TABLE_TOKENS + 1) * _TABLE_TOKENS).unsqueeze(0)
+    def _table(self, num_tokens: int) -> torch.Tensor:
+        """Cosines, then sines, of at least so many positions. Shapes: `[T, D]`."""
+        if num_tokens > len(self._rotations):
+            positions = torch.arange(-(-num_tokens // _TABLE_TOKENS) * _TABLE_TOKENS).unsqueeze(0)
             cosine, sine = self._network.model.rotary_emb(torch.empty(0), positions)
             half = cosine.shape[-1] // 2
             self._rotations = torch.cat([cosine[0, :, :half], sine[0, :, :half]], dim=-1)
-        return self._rotations[position]
+        return self._rotations
 
 
 class _Bound:
@@ -135,19 +134,19 @@ class _Bound:
         self._program: Program | None = None
         self._key: Hashable = None
 
-    def run(self, cache: KVCache, token: int, rotation: torch.Tensor) -> torch.Tensor:
+    def run(self, cache: KVCache, tokens: Sequence[int], table_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
         key = cache.begin_step()
+        positions = cache.lengths[0]
+        table = table_of(max(positions) + 1)
         if key is None or not hasattr(self._decoder, "tasks"):
-            cosine, sine = rotation.chunk(2)
+            cosine, sine = table[list(positions)].chunk(2, dim=-1)
             return self._decoder.run(
-                token, cosine, sine,
-                lambda layer, *heads: cache.step(
-                    layer, *(side.unsqueeze(0) for side in heads), scaling=self._scaling
-                )[0],
-            )  # fmt: skip
+                tokens, cosine, sine, lambda layer, *heads: cache.step(layer, *heads, scaling=self._scaling)
+            )
         if key != self._key:
             self._program, self._key = self._lay_out(cache), key
-        self._decoder.set(token, rotation.data_ptr())
+        first, row_bytes = table.data_ptr(), table.stride(0) * table.itemsize
+        self._decoder.set(tokens, [first + row_bytes * position for position in positions])
         self._program.run()
         cache.end_tasks()
         return self._decoder.logits()
@@ -156,9 +155,7 @@ class _Bound:
         from kvlens.kernels.native.program import Program
 
         decoder = self._decoder
-        places = [
-            place.unsqueeze(0) for place in (decoder.query, decoder.key, decoder.value, decoder.attended)
-        ]  # fmt: skip
+        places = decoder.query, decoder.key, decoder.value, decoder.attended
         first, *others = decoder.tasks()
         tasks = list(first)
         for layer, after in enumerate(others):

@@ -300,7 +300,7 @@ def _difference(model: LoadedModel, lean: LeanStep) -> float:
         with torch.inference_mode():
             want = _logits(model, ids, caches[0])[1:]
             model.network(ids[:, :-2], past_key_values=caches[1])
-            got = torch.stack([lean.run(caches[1], token) for token in ids[0, -2:].tolist()])
+            got = torch.cat([lean.run(caches[1], [token]) for token in ids[0, -2:].tolist()])
     finally:
         for cache in caches:
             cache.free()

@@ -18,20 +18,22 @@ import torch
 
 from kvlens.engine.bench import Bench, Candidate, Cell
 from kvlens.engine.budget import MemoryBudget
+from kvlens.engine.cache import Checkpoint
 from kvlens.engine.errors import EngineError, OutOfMemory
 from kvlens.engine.estimate import estimate
 from kvlens.engine.shape import ModelShape
 
 WARM_UP_STEPS = 4
-TIMED_STEPS = 100
-MIN_TIMED_STEPS = 5
+ROUND_STEPS = 8
+"""The steps before the context is reached, taken again and again: whatever the context, a cell is at it."""
+TIMED_STEPS = 12 * ROUND_STEPS
 CELL_SECONDS = 1.5
-"""A slow cell takes fewer steps: after this long the least number of them is enough."""
+"""A slow cell takes fewer rounds: after this long one is enough."""
 
 FILL_TOKENS = 8192
 """Tokens of all sequences that one piece of a prompt has: a stop takes effect between pieces."""
 
-MIN_CONTEXT = 2 * (WARM_UP_STEPS + TIMED_STEPS)
+MIN_CONTEXT = 16 * ROUND_STEPS
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class FilledCell:
     ) -> None:
         self.bench, self.cell = bench, cell
         self.times: list[float] = []
-        self._num_steps = 0
+        self._start: Checkpoint | None = None
         self._fill_ms = 0.0
         self._begin = time.perf_counter()
         if bench.device.type == "cuda":
@@ -104,7 +106,7 @@ class FilledCell:
         """Append and pack a random prompt, piece by piece. Every row of the batch stores its own."""
         cell, cache = self.cell, self.cache
         cache.reserve(cell.context_tokens)
-        num_tokens = cell.context_tokens - WARM_UP_STEPS - TIMED_STEPS
+        num_tokens = cell.context_tokens - ROUND_STEPS
         keys, values = random_prompt(cache.shape, num_tokens, dtype=cache.dtype, device=cache.device)
         chunk = max(1, FILL_TOKENS // cell.batch_size)
         for layer in range(cache.shape.num_layers):
@@ -116,17 +118,23 @@ class FilledCell:
 
     @property
     def is_done(self) -> bool:
-        if len(self.times) >= TIMED_STEPS:
-            return True
-        return len(self.times) >= MIN_TIMED_STEPS and time.perf_counter() - self._begin > CELL_SECONDS
+        if not self.times or len(self.times) % ROUND_STEPS:
+            return False
+        return len(self.times) >= TIMED_STEPS or time.perf_counter() - self._begin > CELL_SECONDS
 
     def step(self) -> None:
-        """Take a decode step; the first ones are not counted."""
+        """Take a decode step. The first ones are not counted; a round goes back to where the last one began."""
+        if self._start is None:
+            self._start = self.cache.checkpoint()
+            for _ in range(WARM_UP_STEPS):
+                self._time_step()
+        if len(self.times) % ROUND_STEPS == 0:
+            self.cache.rollback(self._start)
+        self.times.append(self._time_step())
+
+    def _time_step(self) -> float:
         self.bench.prepare()
-        milliseconds = self.bench.step(self.cache)
-        self._num_steps += 1
-        if self._num_steps > WARM_UP_STEPS:
-            self.times.append(milliseconds)
+        return self.bench.step(self.cache)
 
     def result(self) -> CellResult:
         cell, cache, bench = self.cell, self.cache, self.bench

@@ -112,9 +112,7 @@ class LabHandlers:
         if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
             self.store.free_others(session)
         bench = self._bench(run)
-        has_short_way = bench.scope == "network" and bench.model.lean is not None
-        remark = lab_text.SAME_WAY if has_short_way and plan.has_batches else ""
-        run.start(bench, conditions(bench.device), remark)
+        run.start(bench, conditions(bench.device))
         cells = plan_cells(plan.candidates(), plan.contexts, plan.batch_sizes)
         steps = measure(
             bench, cells, limit_bytes=plan.limit_bytes, within=budget, stop=run.stop,
@@ -138,10 +136,10 @@ class LabHandlers:
         if plan.subject == SERVED:
             if model is None:
                 raise EngineError(self.hub.problem or lab_text.NO_MODEL)
-            return NetworkBench(model, has_batches=plan.has_batches)
+            return NetworkBench(model)
         architecture = ARCHITECTURES[plan.subject]
         device = model.device if model is not None else torch.device("cpu")
         if bounds_of(self.hub) is OWN and has_room(architecture, device, plan.limit_bytes):
             model = random_model(architecture, device, torch.bfloat16)
-            return NetworkBench(model, has_batches=plan.has_batches)
+            return NetworkBench(model)
         return AttentionBench(architecture, device)

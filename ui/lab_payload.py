@@ -45,7 +45,6 @@ def _run(run: LabRun) -> dict[str, Any]:
     return {
         "subject": run.subject,
         "scope": run.scope,
-        "remark": run.remark,
         "num_layers": run.shape.num_layers if run.shape else None,
         "limit_bytes": plan.limit_bytes,
         "contexts": plan.contexts,
@@ -129,7 +128,6 @@ def to_csv(run: LabRun) -> str:
     given = {
         "model": run.subject,
         "measured": lab_text.SCOPES[run.scope],
-        "remark": run.remark,
         "budget_bytes": run.plan.limit_bytes,
         **run.conditions,
     }

@@ -62,10 +62,6 @@ class Plan:
     limit_bytes: int
 
     @property
-    def has_batches(self) -> bool:
-        return self.batch_sizes[-1] > 1
-
-    @property
     def num_cells(self) -> int:
         return len(self.choices) * len(self.contexts) * len(self.batch_sizes)
 
@@ -86,12 +82,11 @@ class LabRun:
     results: "Sequence[CellResult]" = ()
     scope: str = "network"
     subject: str = ""
-    remark: str = ""
     shape: ModelShape | None = None
     conditions: dict[str, str] = field(default_factory=dict)
 
-    def start(self, bench: "Bench", conditions: dict[str, str], remark: str) -> None:
-        self.state, self.conditions, self.remark = "running", conditions, remark
+    def start(self, bench: "Bench", conditions: dict[str, str]) -> None:
+        self.state, self.conditions = "running", conditions
         self.scope, self.subject, self.shape = bench.scope, bench.name, bench.shape
 
     @property
@@ -125,10 +120,10 @@ def subjects(hub: ModelHub) -> list[dict[str, Any]]:
 
 def offer(hub: ModelHub) -> dict[str, Any]:
     """What the page's controls offer and where they start."""
-    from kvlens.engine.throughput import MIN_TIMED_STEPS, TIMED_STEPS, WARM_UP_STEPS
+    from kvlens.engine.throughput import ROUND_STEPS, TIMED_STEPS, WARM_UP_STEPS
 
     return {
-        "steps": {"warm": WARM_UP_STEPS, "steps": TIMED_STEPS, "least": MIN_TIMED_STEPS},
+        "steps": {"warm": WARM_UP_STEPS, "steps": TIMED_STEPS, "round": ROUND_STEPS},
         "subjects": subjects(hub),
         "contexts": CONTEXTS,
         "batch_sizes": BATCH_SIZES,

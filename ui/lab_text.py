@@ -11,10 +11,6 @@ NOTHING_TO_SAVE = "There is nothing measured to save yet. Press Measure first."
 MODEL_LOADING = "The model is loading; the measurement starts by itself."
 NO_MODEL = "No model is loaded. Choose one in the header, or measure a shape."
 SKIPPED = "The time of one measurement was over before its last cells: choose fewer, or run KVLens yourself."
-SAME_WAY = (
-    "Every batch size takes the network's own forward pass here, so that they compare. A chat's single sequence takes "
-    "a shorter way in one native call: measure batch 1 alone to see it."
-)
 SCOPES = {
     "network": "whole decode step of the network",
     "attention": "attention only, per layer × all layers, random tensors",
@@ -140,8 +136,9 @@ CLIENT = {
     "how": [
         "A cell is one cache of the whole batch. A random prompt (keys with large channels, as models have them) is "
         "appended and packed by the method itself; every sequence has its own storage.",
-        "Then {warm} steps are taken uncounted and up to {steps} counted, by the same forward pass as the chat. The "
-        "figure is the median, the spread its quartiles. Slow cells take fewer steps, never under {least}.",
+        "Then {warm} steps are taken uncounted and up to {steps} counted, by the same step as the chat: the last "
+        "{round} before the context is full, again and again. The figure is the median, the spread its quartiles. Slow "
+        "cells take fewer rounds, at least one.",
         "Tokens/s count the whole batch: one step gives every sequence one token. Filling the cache and choosing "
         "tokens are not in the clock.",
         "KV bytes are summed from the real tensors at the end of the steps. A cell over the budget is not measured; "

@@ -222,7 +222,7 @@ KVLens.labFigures = ({ onSave }) => {
     view.batch = pick(view.picked.batch, run.batch_sizes, "batch_size");
     quantity.set(view.quantity);
     const layers = [...new Set(run.cells.map((cell) => cell.measured_layers).filter(Boolean))].sort((a, b) => a - b);
-    setText(scope, isAttention() && layers.length ? KVLens.fill(words.attention_only, { measured: layers.length > 1 ? `${layers[0]}–${layers[layers.length - 1]}` : layers[0], layers: run.num_layers }) : run.remark || "");
+    setText(scope, isAttention() && layers.length ? KVLens.fill(words.attention_only, { measured: layers.length > 1 ? `${layers[0]}–${layers[layers.length - 1]}` : layers[0], layers: run.num_layers }) : "");
     findings.replaceChildren(...run.findings.map((text) => make("li", { text })));
     const given = run.conditions;
     setText(conditions, given.device ? KVLens.fill(words.conditions, { subject: run.subject, budget: units.bytes(run.limit_bytes), ...given }) : "");

@@ -1,4 +1,4 @@
-"""One token's way through a decoder of the Llama family, attention aside.
+"""The way of one token of each sequence through a decoder of the Llama family, attention aside.
 
 A layer is `x += O · attend(rotate(Q·n, K·n), V·n)` with n = norm(x), then `x += D · (silu(G·m) * (U·m))` with
 m = norm(x). Llama, Mistral, Qwen2 (biases) and Qwen3 (norms of queries and keys) differ in options only. Weights are
@@ -15,7 +15,7 @@ import torch
 from kvlens.kernels import dispatch
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`(layer, query [HQ, D], key [HK, D], value [HK, D])` to `[HQ, D]`, all fp32."""
+"""`(layer, query [B, HQ, D], key [B, HK, D], value [B, HK, D])` to `[B, HQ, D]`, all fp32."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class DecoderWeights:
     epsilon: float
 
 
-def decoder(weights: DecoderWeights):
-    """Something with `run(token, cosine, sine, attend) -> logits`, whatever computes it here.
+def decoder(weights: DecoderWeights, num_rows: int = 1):
+    """Something with `run(tokens, cosine, sine, attend) -> logits` for `num_rows` sequences, whatever computes it here.
 
-    Shapes: cosine and sine fp32 `[D/2]` of the token's position, logits fp32 `[V]`, a tensor of its own.
+    Shapes: tokens `[B]`, cosine and sine fp32 `[B, D/2]` of each token's position, logits fp32 `[B, V]`, a tensor of
+    its own.
     Raises: ValueError for sizes that the kernels do not read.
     """
-    return dispatch.implementation("decoder_step", weights.embedding.device).Decoder(weights)
+    return dispatch.implementation("decoder_step", weights.embedding.device).Decoder(weights, num_rows)

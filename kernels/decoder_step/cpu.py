@@ -1,7 +1,7 @@
 """A decoder's step on the CPU: a few loops a layer, which torch's threads go through in one native call.
 
 Products are memory-bound, so weights are read once, in the bits they are stored in, and every thread draws runs
-of rows. What is tiny (norms, rotation) is a task of one item.
+of rows. What is tiny (norms, rotation) is an item a sequence.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from kvlens.kernels.native.project_rows import (
     sum_of_squares,
     widen,
 )
-from kvlens.kernels.native.scalars import field_access, read_float, write_float
+from kvlens.kernels.native.scalars import field_access, read_float, read_int64, write_float
 from kvlens.kernels.native.vectors import BF16, FP16, FP32, NUM_LANES
 
 jit.require_half_floats()
@@ -31,29 +31,34 @@ ELEMENTS = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
 ITEM_BYTES = 2**15
 """Weights of an item: some microseconds of reading."""
 ITEMS_PER_THREAD = 4
+VECTORS_TOGETHER = (1, 2, 4)
+"""Vectors of a batch that meet a weight while it is in a register."""
 
 
 class StepArguments(ctypes.Structure):
-    """What changes from token to token; all tasks read it."""
+    """What changes from step to step; all tasks read it: int64 `[B]` of tokens and of rotations' addresses."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("token", "rotation"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("tokens", "rotations"))
 
 
 class ProductArguments(ctypes.Structure):
-    """`output = weights · vector (+ bias)`, and `total += output` where there is a total. 0 is no address."""
+    """`output = weights · vector (+ bias)` for each vector of the batch, and `total += output` where there is a total.
+
+    A `*_stride` counts bytes from one vector of the batch to the next; 0 is no address.
+    """
 
     _fields_ = tuple((name, ctypes.c_int64) for name in (
-        "weights", "others", "row_bytes", "num_rows", "columns", "rows_per_item", "vector", "bias", "total", "output",
-        "other_output", "gated",
+        "weights", "others", "row_bytes", "num_rows", "columns", "rows_per_item", "batch", "vector", "vector_stride",
+        "bias", "total", "total_stride", "output", "output_stride", "other_output", "gated",
     ))  # fmt: skip
 
 
 class VectorArguments(ctypes.Structure):
-    """Work on one vector, or on some heads."""
+    """Work on one vector, or on some heads, of each sequence: an item each."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in (
-            "step", "source", "weights", "other_weights", "count", "target", "row_bytes",
+            "step", "source", "source_stride", "weights", "other_weights", "count", "target", "target_stride",
             "num_heads", "num_other_heads", "head_dim",
         )),
         ("epsilon", ctypes.c_float),
@@ -65,14 +70,16 @@ product, _ = field_access(ProductArguments)
 vector, vector_address = field_access(VectorArguments)
 
 # ---------------------------------------------------------------------------------------------------------
-# Kernels of tasks. `element` is that of the weights.
+# Kernels of tasks. `element` is that of the weights; the item of a vector's task is its row of the batch.
 
 
 def embed_kernel(element, source):
     def embed(arguments, item, thread):
         depends_on(source)
-        row = step_field(vector(arguments, "step"), "token") * vector(arguments, "row_bytes")
-        widen(vector(arguments, "source") + row, vector(arguments, "count"), vector(arguments, "target"), element)
+        token = read_int64(step_field(vector(arguments, "step"), "tokens") + 8 * item)
+        place = vector(arguments, "source") + token * vector(arguments, "source_stride")
+        target = vector(arguments, "target") + item * vector(arguments, "target_stride")
+        widen(place, vector(arguments, "count"), target, element)
 
     return embed
 
@@ -80,10 +87,12 @@ def embed_kernel(element, source):
 def norm_kernel(source):
     def norm(arguments, item, thread):
         depends_on(source)
-        place, count = vector(arguments, "source"), vector(arguments, "count")
+        place = vector(arguments, "source") + item * vector(arguments, "source_stride")
+        target = vector(arguments, "target") + item * vector(arguments, "target_stride")
+        count = vector(arguments, "count")
         mean = sum_of_squares(place, count) / count
         factor = 1 / (mean + read_float(vector_address(arguments, "epsilon"))) ** 0.5
-        scale_by(place, vector(arguments, "weights"), count, factor, vector(arguments, "target"))
+        scale_by(place, vector(arguments, "weights"), count, factor, target)
 
     return norm
 
@@ -95,11 +104,12 @@ def rotate_kernel(source):
         depends_on(source)
         dim = vector(arguments, "head_dim")
         half = dim // 2
-        cosine = step_field(vector(arguments, "step"), "rotation")
+        cosine = read_int64(step_field(vector(arguments, "step"), "rotations") + 8 * item)
         sine = cosine + 4 * half
+        heads = vector(arguments, "source") + item * vector(arguments, "source_stride")
         num_queries = vector(arguments, "num_heads")
         for head in range(num_queries + vector(arguments, "num_other_heads")):
-            place = vector(arguments, "source") + 4 * dim * head
+            place = heads + 4 * dim * head
             weights = vector(arguments, "weights") if head < num_queries else vector(arguments, "other_weights")
             if weights != 0:
                 mean = sum_of_squares(place, dim) / dim
@@ -115,7 +125,9 @@ def rotate_kernel(source):
     return rotate
 
 
-def product_kernel(element, source):
+def product_kernel(element, together, source):
+    """`together` vectors of the batch meet each weight as it is read; where fewer are left, some come again."""
+
     def multiply(arguments, item, thread):
         depends_on(source)
         first = item * product(arguments, "rows_per_item")
@@ -123,24 +135,36 @@ def product_kernel(element, source):
         if count % ROWS_TOGETHER != 0:  # the last rows, of which some come again
             first -= ROWS_TOGETHER - count % ROWS_TOGETHER
             count += ROWS_TOGETHER - count % ROWS_TOGETHER
-        row_bytes, columns = product(arguments, "row_bytes"), product(arguments, "columns")
-        output = product(arguments, "output") + 4 * first
+        row_bytes, columns, batch = (
+            product(arguments, "row_bytes"),
+            product(arguments, "columns"),
+            product(arguments, "batch"),
+        )
+        vector_stride, stride = product(arguments, "vector_stride"), product(arguments, "output_stride")
+        output, others = product(arguments, "output") + 4 * first, product(arguments, "others")
+        other_output = product(arguments, "other_output") + 4 * first
         place = first * row_bytes
-        multiply_rows(
-            product(arguments, "weights") + place, row_bytes, count, columns, product(arguments, "vector"), output,
-            element,
-        )  # fmt: skip
-        if product(arguments, "bias") != 0:
-            add_to(output, product(arguments, "bias") + 4 * first, count)
-        if product(arguments, "total") != 0:
-            add_to(product(arguments, "total") + 4 * first, output, count)
-        if product(arguments, "others") != 0:
-            other_output = product(arguments, "other_output") + 4 * first
+        for start in range(0, batch, together):
+            row = min(start, batch - together)
+            vectors = product(arguments, "vector") + row * vector_stride
             multiply_rows(
-                product(arguments, "others") + place, row_bytes, count, columns, product(arguments, "vector"),
-                other_output, element,
+                product(arguments, "weights") + place, row_bytes, count, columns, vectors, vector_stride,
+                output + row * stride, stride, element, together,
             )  # fmt: skip
-            gate(output, other_output, count, product(arguments, "gated") + 4 * first)
+            if others != 0:
+                multiply_rows(
+                    others + place, row_bytes, count, columns, vectors, vector_stride, other_output + row * stride,
+                    stride, element, together,
+                )  # fmt: skip
+        for row in range(batch):
+            here = row * stride
+            if product(arguments, "bias") != 0:
+                add_to(output + here, product(arguments, "bias") + 4 * first, count)
+            if product(arguments, "total") != 0:
+                total = product(arguments, "total") + row * product(arguments, "total_stride")
+                add_to(total + 4 * first, output + here, count)
+            if others != 0:
+                gate(output + here, other_output + here, count, product(arguments, "gated") + 4 * first + here)
 
     return multiply
 
@@ -151,40 +175,42 @@ def product_kernel(element, source):
 class Decoder:
     """See `kvlens.kernels.decoder_step.decoder`. One thread at a time.
 
-    `query [HQ, D]`, `key` and `value [HK, D]` and `attended [HQ, D]` are where attention meets the other tasks.
+    `query [B, HQ, D]`, `key` and `value [B, HK, D]` and `attended [B, HQ, D]` are where attention meets the other
+    tasks.
     Raises: ValueError for sizes that the kernels do not read.
     """
 
-    def __init__(self, weights: DecoderWeights) -> None:
+    def __init__(self, weights: DecoderWeights, num_rows: int = 1) -> None:
         layer, dim = weights.layers[0], weights.head_dim
         _check(weights)
         hidden, inner = weights.embedding.shape[1], layer.gate.shape[0]
         num_queries, num_keys = layer.query.shape[0] // dim, layer.key.shape[0] // dim
-        self._weights = weights
-        self._step = StepArguments()
-        self._hidden, self._normed, self._projected = (torch.empty(hidden) for _ in range(3))
-        self._gates, self._ups, self._gated = (torch.empty(inner) for _ in range(3))
-        self._logits = torch.empty(weights.head.shape[0])
-        self._heads = torch.empty(num_queries + 2 * num_keys, dim)
-        self.query, self.key, self.value = self._heads.split([num_queries, num_keys, num_keys])
-        self.attended = torch.empty(num_queries, dim)
+        self._weights, self._num_rows = weights, num_rows
+        self._tokens, self._rotations = ((ctypes.c_int64 * num_rows)() for _ in range(2))
+        self._step = StepArguments(*(ctypes.addressof(numbers) for numbers in (self._tokens, self._rotations)))
+        self._hidden, self._normed, self._projected = (torch.empty(num_rows, hidden) for _ in range(3))
+        self._gates, self._ups, self._gated = (torch.empty(num_rows, inner) for _ in range(3))
+        self._logits = torch.empty(num_rows, weights.head.shape[0])
+        self._heads = torch.empty(num_rows, num_queries + 2 * num_keys, dim)
+        self.query, self.key, self.value = self._heads.split([num_queries, num_keys, num_keys], dim=1)
+        self.attended = torch.empty(num_rows, num_queries, dim)
         self._pieces: list[Program] = []
 
-    def run(self, token: int, cosine: torch.Tensor, sine: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def run(self, tokens: Sequence[int], cosine: torch.Tensor, sine: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Attention by a function: Python comes in once a layer."""
         if not self._pieces:
             self._pieces = [Program(tasks) for tasks in self.tasks()]
-        rotation = torch.cat([cosine, sine])
-        self.set(token, rotation.data_ptr())
+        rotations = torch.cat([cosine, sine], dim=-1)
+        self.set(tokens, [rotation.data_ptr() for rotation in rotations])
         for layer, piece in enumerate(self._pieces[:-1]):
             piece.run()
             self.attended.copy_(attend(layer, self.query, self.key, self.value))
         self._pieces[-1].run()
         return self.logits()
 
-    def set(self, token: int, rotation: int) -> None:
-        """The next token, and the address of the cosines and sines of its position."""
-        self._step.token, self._step.rotation = token, rotation
+    def set(self, tokens: Sequence[int], rotations: Sequence[int]) -> None:
+        """The next token of each sequence, and the address of the cosines and sines of its position."""
+        self._tokens[:], self._rotations[:] = tokens, rotations
 
     def logits(self) -> torch.Tensor:
         return self._logits.clone()
@@ -201,24 +227,24 @@ class Decoder:
     def _embed(self) -> Task:
         table = self._weights.embedding
         arguments = VectorArguments(
-            step=ctypes.addressof(self._step), source=table.data_ptr(), row_bytes=table.stride(0) * table.itemsize,
-            count=table.shape[1], target=self._hidden.data_ptr(),
+            step=ctypes.addressof(self._step), source=table.data_ptr(), source_stride=_stride(table),
+            count=table.shape[1], target=self._hidden.data_ptr(), target_stride=_stride(self._hidden),
         )  # fmt: skip
-        return Task(jit.kernel(embed_kernel, ELEMENTS[table.dtype]).address, arguments, kept=self)
+        return self._of_each_row(jit.kernel(embed_kernel, ELEMENTS[table.dtype]), arguments)
 
     def _before_attention(self, layer: LayerWeights) -> list[Task]:
-        dim = self._weights.head_dim
         turned = VectorArguments(
-            step=ctypes.addressof(self._step), source=self._heads.data_ptr(), weights=_address(layer.query_norm),
-            other_weights=_address(layer.key_norm), num_heads=len(self.query), num_other_heads=len(self.key),
-            head_dim=dim, epsilon=self._weights.epsilon,
+            step=ctypes.addressof(self._step), source=self._heads.data_ptr(), source_stride=_stride(self._heads),
+            weights=_address(layer.query_norm), other_weights=_address(layer.key_norm),
+            num_heads=self.query.shape[1], num_other_heads=self.key.shape[1], head_dim=self._weights.head_dim,
+            epsilon=self._weights.epsilon,
         )  # fmt: skip
         return [
             self._norm(layer.attention_norm),
             self._product(layer.query, self._normed, self.query, bias=layer.query_bias),
             self._product(layer.key, self._normed, self.key, bias=layer.key_bias, waits=False),
             self._product(layer.value, self._normed, self.value, bias=layer.value_bias, waits=False),
-            Task(jit.kernel(rotate_kernel).address, turned, kept=self),
+            self._of_each_row(jit.kernel(rotate_kernel), turned),
         ]
 
     def _after_attention(self, layer: LayerWeights) -> list[Task]:
@@ -234,26 +260,37 @@ class Decoder:
 
     def _norm(self, weight: torch.Tensor) -> Task:
         arguments = VectorArguments(
-            source=self._hidden.data_ptr(), weights=weight.data_ptr(), count=len(weight),
-            target=self._normed.data_ptr(), epsilon=self._weights.epsilon,
+            source=self._hidden.data_ptr(), source_stride=_stride(self._hidden), weights=weight.data_ptr(),
+            count=len(weight), target=self._normed.data_ptr(), target_stride=_stride(self._normed),
+            epsilon=self._weights.epsilon,
         )  # fmt: skip
-        return Task(jit.kernel(norm_kernel).address, arguments, kept=self)
+        return self._of_each_row(jit.kernel(norm_kernel), arguments)
+
+    def _of_each_row(self, kernel: jit.Kernel, arguments: VectorArguments) -> Task:
+        return Task(kernel.address, arguments, self._num_rows, kept=self)
 
     def _product(
         self, weights: torch.Tensor, source: torch.Tensor, output: torch.Tensor, *,
         bias: torch.Tensor | None = None, total: torch.Tensor | None = None, waits: bool = True, **more: int,
     ) -> Task:  # fmt: skip
         num_rows, columns = weights.shape
-        row_bytes = columns * weights.itemsize
+        row_bytes = _stride(weights)
         rows = min(ITEM_BYTES // row_bytes, num_rows // (ITEMS_PER_THREAD * threads.num_threads()))
         rows_per_item = max(ROWS_TOGETHER, rows // ROWS_TOGETHER * ROWS_TOGETHER)
         arguments = ProductArguments(
             weights=weights.data_ptr(), row_bytes=row_bytes, num_rows=num_rows, columns=columns,
-            rows_per_item=rows_per_item, vector=source.data_ptr(), bias=_address(bias), total=_address(total),
-            output=output.data_ptr(), **more,
+            rows_per_item=rows_per_item, batch=self._num_rows, vector=source.data_ptr(), vector_stride=_stride(source),
+            bias=_address(bias), total=_address(total), total_stride=0 if total is None else _stride(total),
+            output=output.data_ptr(), output_stride=_stride(output), **more,
         )  # fmt: skip
-        kernel = jit.kernel(product_kernel, ELEMENTS[weights.dtype]).address
+        together = max(count for count in VECTORS_TOGETHER if count <= self._num_rows)
+        kernel = jit.kernel(product_kernel, ELEMENTS[weights.dtype], together).address
         return Task(kernel, arguments, -(-num_rows // rows_per_item), waits, kept=self)
+
+
+def _stride(tensor: torch.Tensor) -> int:
+    """Bytes from one row to the next."""
+    return tensor.stride(0) * tensor.itemsize
 
 
 def _address(tensor: torch.Tensor | None) -> int:

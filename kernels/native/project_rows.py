@@ -1,4 +1,4 @@
-"""The inner loops of one token's way through a decoder: products with weights, norms, the gate.
+"""The inner loops of a token's way through a decoder: products with weights, norms, the gate.
 
 Weights are rows of fp32, fp16 or bf16 and are widened to fp32 as they are read: arithmetic is fp32 throughout.
 Addresses and strides are int64 in bytes; lengths are multiples of 16 values.
@@ -7,6 +7,7 @@ This module does not know what a weight is for.
 """
 
 import math
+from itertools import chain
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -24,7 +25,7 @@ from kvlens.kernels.native.vectors import (
 )
 
 ROWS_TOGETHER = 8
-"""Rows whose products are summed up side by side: enough to hide the latency of an addition."""
+"""Products that are summed up side by side: enough to hide the latency of an addition."""
 
 
 def _plus(builder, address: ir.Value, index: ir.Value, stride) -> ir.Value:
@@ -54,34 +55,53 @@ def _sums(rows: list[Lanes]) -> Lanes:
 
 
 @intrinsic(prefer_literal=True)
-def multiply_rows(typing, rows, row_bytes, count, columns, vector, products, element):
-    """products[r] = sum(rows[r] * vector) for `count` rows, a multiple of eight. Shapes: rows `[count, columns]`."""
-    if not isinstance(element, types.IntegerLiteral):
+def multiply_rows(
+    typing, rows, row_bytes, count, columns, vectors, vector_bytes, products, product_bytes, element, num_vectors
+):
+    """products[v, r] = sum(rows[r] * vectors[v]) for `count` rows, a multiple of eight, and one, two or four vectors.
+
+    A weight is read and widened once for all vectors. Shapes: rows `[count, columns]`; the strides of vectors and
+    products are given.
+    """
+    literals = [element, num_vectors]
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
-    kind = element.literal_value
+    kind, together = (literal.literal_value for literal in literals)
+    # As many sums as registers hold beside what is multiplied.
+    rows_here = ROWS_TOGETHER if together <= 2 else ROWS_TOGETHER // 2
 
     def codegen(context, builder, signature, values):
-        rows, row_bytes, count, columns, vector, products, _ = values
-        with cgutils.for_range_slice(builder, count.type(0), count, count.type(ROWS_TOGETHER)) as (row, _):
+        rows, row_bytes, count, columns, vectors, vector_bytes, products, product_bytes, *_ = values
+        sources = [_plus(builder, vectors, vectors.type(index), vector_bytes) for index in range(together)]
+        targets = [_plus(builder, products, products.type(index), product_bytes) for index in range(together)]
+        totals = [
+            [cgutils.alloca_once(builder, splat(builder, 0.0).value.type) for _ in range(rows_here)] for _ in sources
+        ]
+        with cgutils.for_range_slice(builder, count.type(0), count, count.type(rows_here)) as (row, _):
             first = _plus(builder, rows, row, row_bytes)
-            places = [_plus(builder, first, row.type(index), row_bytes) for index in range(ROWS_TOGETHER)]
-            ahead = builder.mul(row_bytes, row_bytes.type(ROWS_TOGETHER))
-            totals = [cgutils.alloca_once(builder, splat(builder, 0.0).value.type) for _ in places]
-            for total in totals:
+            places = [_plus(builder, first, row.type(index), row_bytes) for index in range(rows_here)]
+            ahead = builder.mul(row_bytes, row_bytes.type(rows_here))
+            for total in chain(*totals):
                 builder.store(splat(builder, 0.0).value, total)
             with _vectors(builder, columns) as (column, _):
-                factor = load_floats(builder, _plus(builder, vector, column, 4), NUM_LANES)
-                for place, total in zip(places, totals, strict=True):
+                factors = [load_floats(builder, _plus(builder, place, column, 4), NUM_LANES) for place in sources]
+                for index, place in enumerate(places):
                     here = _plus(builder, place, column, ELEMENT_BYTES[kind])
                     weights = load_floats(builder, here, NUM_LANES, element=kind)
                     prefetch(builder, builder.add(here, ahead), 1)
-                    more = weights.times_plus(factor, Lanes(builder, builder.load(total)))
-                    builder.store(more.value, total)
-            sums = _sums([Lanes(builder, builder.load(total)) for total in totals])
-            store_floats(builder, sums, _plus(builder, products, row, 4))
+                    for factor, sums in zip(factors, totals, strict=True):
+                        more = weights.times_plus(factor, Lanes(builder, builder.load(sums[index])))
+                        builder.store(more.value, sums[index])
+            found = [Lanes(builder, builder.load(total)) for total in chain(*totals)]
+            folded = [_sums(found[start : start + ROWS_TOGETHER]) for start in range(0, len(found), ROWS_TOGETHER)]
+            for index, target in enumerate(targets):
+                lanes, first_lane = divmod(index * rows_here, ROWS_TOGETHER)
+                sums = folded[lanes].pick(list(range(first_lane, first_lane + rows_here)))
+                store_floats(builder, sums, _plus(builder, target, row, 4))
         return context.get_dummy_value()
 
-    return types.void(rows, row_bytes, count, columns, vector, products, element), codegen
+    parameters = (rows, row_bytes, count, columns, vectors, vector_bytes, products, product_bytes, *literals)
+    return types.void(*parameters), codegen
 
 
 @intrinsic

@@ -1,12 +1,14 @@
 """The short way of a decode step: the network's own answers, for every family and every method."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kvlens.engine import bridge
 from kvlens.engine.errors import ModelError
-from kvlens.engine.generate import forward, prefill
+from kvlens.engine.generate import forward, forward_batch, prefill
 from kvlens.engine.lean import LeanStep
 from kvlens.engine.model import load_model
 from kvlens.engine.registry import available, method
@@ -16,24 +18,107 @@ from tests import tiny
 NUM_STEPS = 40
 
 
-def caches(network, name: str, config, count: int):
-    return [method(name).cache(ModelShape.of(network.config), config, dtype=torch.float32) for _ in range(count)]
+LENGTHS = (30, 171, 1, 64, 129)
+"""A ragged batch: some sequences have packed something, some have not; four are multiplied at once."""
+
+PRESETS = [
+    pytest.param(entry.name, config, id=preset)
+    for entry in available().values()
+    if entry.name in ("dense", "kivi")
+    for preset, config in entry.presets.items()
+]
+
+
+def caches(network, name: str, config, count: int, **options):
+    shape = ModelShape.of(network.config)
+    return [method(name).cache(shape, config, dtype=torch.float32, **options) for _ in range(count)]
 
 
 def served(family: str, **changes):
     network = tiny.network(family, **changes)
+    for layer in network.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            if linear.bias is not None:
+                torch.nn.init.normal_(linear.bias)
     bridge.install()
     network.set_attn_implementation(bridge.NAME)
     return network
 
 
+def ragged_prompts() -> list[list[int]]:
+    return [torch.randint(4, 100, (length,)).tolist() for length in LENGTHS]
+
+
+def fill(network, cache, prompts: list[list[int]]) -> None:
+    """All prompts at once, padded on the left."""
+    width = max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with cache.prefill():
+        network(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_ragged_batch_gets_the_logits_of_hugging_face_for_each_sequence(family):
+    network = served(family)
+    (ours,) = caches(network, "dense", available()["dense"].config(), 1, batch_size=len(LENGTHS))
+    lean, prompts = LeanStep(network, torch.float32), ragged_prompts()
+    with torch.inference_mode():
+        fill(network, ours, prompts)
+        got = torch.stack([lean.run(ours, [5 + step + row for row in range(len(LENGTHS))]) for step in range(6)])
+        network.set_attn_implementation("eager")
+        for row, prompt in enumerate(prompts):
+            answer = [5 + step + row for step in range(6)]
+            want = network(torch.tensor([prompt + answer])).logits[0, -6:]
+            torch.testing.assert_close(got[:, row], want, atol=2e-4, rtol=2e-4)
+    assert ours.lengths[0] == [length + 6 for length in LENGTHS]
+
+
+@pytest.mark.parametrize(("name", "config"), PRESETS)
+def test_a_ragged_batch_is_the_same_as_its_sequences_alone_and_as_the_networks_way(name, config, tiny_model):
+    """Over so many steps that keys are packed in some sequences and not in others."""
+    prompts = ragged_prompts()
+    batches = [tiny_model.new_cache(name, config, batch_size=len(LENGTHS)) for _ in range(2)]
+    alone = [tiny_model.new_cache(name, config) for _ in LENGTHS]
+    slow = replace(tiny_model, lean=None)
+    with torch.inference_mode():
+        for cache in batches:
+            fill(tiny_model.network, cache, prompts)
+        for cache, prompt in zip(alone, prompts, strict=True):
+            fill(tiny_model.network, cache, [prompt])
+    for step in range(NUM_STEPS):
+        rows = [[5 + (7 * step + row) % 80] for row in range(len(LENGTHS))]
+        got, want = (
+            forward_batch(model, cache, rows).logits for model, cache in zip((tiny_model, slow), batches, strict=True)
+        )
+        each = torch.stack([forward(tiny_model, cache, row).logits for cache, row in zip(alone, rows, strict=True)])
+        if step < 20:  # 16-bit rounding to a neighbour feeds on itself
+            torch.testing.assert_close(got, each, atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    assert batches[0].lengths == batches[1].lengths
+    assert batches[0].footprint().parts == batches[1].footprint().parts
+    for row, cache in enumerate(alone):
+        tiles = [past.rebuild(1, number, 0, 20) for past, number in ((batches[0], row), (cache, 0))]
+        assert cache.lengths[1][0] == batches[0].lengths[1][row]
+        torch.testing.assert_close(tiles[0].keys[:, :1], tiles[1].keys[:, :1], atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("preset", ["CSR compact, 2 bit", "CSR look-up, 2 bit"])
+def test_a_ragged_batch_of_a_method_without_tasks_is_asked_once_a_layer(preset, tiny_model):
+    config, prompts = available()["csr"].presets[preset], ragged_prompts()
+    batches = [tiny_model.new_cache("csr", config, batch_size=len(LENGTHS)) for _ in range(2)]
+    with torch.inference_mode():
+        for cache in batches:
+            fill(tiny_model.network, cache, prompts)
+    for model, cache in zip((tiny_model, replace(tiny_model, lean=None)), batches, strict=True):
+        cache.logits = [forward_batch(model, cache, [[7]] * len(LENGTHS)).logits for _ in range(3)]
+    torch.testing.assert_close(batches[0].logits, batches[1].logits, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_gets_the_logits_of_its_network(family):
     network = served(family)
-    for layer in network.model.layers:
-        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            if linear.bias is not None:
-                torch.nn.init.normal_(linear.bias)
     ours, theirs = caches(network, "dense", available()["dense"].config(), 2)
     lean = LeanStep(network, torch.float32)
     prompt = torch.randint(4, 100, (1, 30))
@@ -42,7 +127,7 @@ def test_every_family_gets_the_logits_of_its_network(family):
             network(prompt, past_key_values=cache)
         for token in range(4, 4 + NUM_STEPS):
             want = network(torch.tensor([[token]]), past_key_values=theirs).logits[0, -1]
-            torch.testing.assert_close(lean.run(ours, token), want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(lean.run(ours, [token])[0], want, atol=1e-4, rtol=1e-4)
     assert ours.lengths == theirs.lengths
     assert ours.seen_tokens(0) == theirs.seen_tokens(0)
 
@@ -59,19 +144,11 @@ def test_weights_are_read_in_the_bits_they_are_stored_in_only_if_nothing_is_lost
     assert short.extra_bytes == 2 * matrices
     ours, theirs = caches(network, "dense", available()["dense"].config(), 2)
     with torch.inference_mode():
-        want = LeanStep(network, torch.float32).run(theirs, 7)
-        torch.testing.assert_close(short.run(ours, 7), want, atol=1e-5, rtol=1e-5)
+        want = LeanStep(network, torch.float32).run(theirs, [7])
+        torch.testing.assert_close(short.run(ours, [7]), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        pytest.param(entry.name, config, id=preset)
-        for entry in available().values()
-        if entry.name in ("dense", "kivi")
-        for preset, config in entry.presets.items()
-    ],
-)
+@pytest.mark.parametrize(("name", "config"), PRESETS)
 def test_every_cache_is_the_same_after_both_ways(name, config, tiny_model, monkeypatch):
     """Bytes, lengths and what is stored; a probe sees the same blocks."""
     prompt = [token % 90 + 4 for token in range(150)]

@@ -30,7 +30,7 @@ def model(tiny_folder):
 
 @pytest.fixture
 def network(model):
-    return NetworkBench(model, has_batches=True)
+    return NetworkBench(model)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def attention(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(throughput, "TIMED_STEPS", 10)
+    monkeypatch.setattr(throughput, "TIMED_STEPS", 2 * throughput.ROUND_STEPS)
 
 
 def results(bench, cells, **options):
@@ -73,7 +73,7 @@ def test_a_prompt_that_is_appended_is_stored_as_one_that_attends(model):
 def test_a_measured_cell_says_what_it_held_and_how_long_a_step_took(network, candidate):
     cell = Cell(candidate, 300, 3)
     (found,) = results(network, [cell])
-    assert (found.status, found.num_steps, found.batch_size) == ("measured", 10, 3)
+    assert (found.status, found.num_steps, found.batch_size) == ("measured", 16, 3)
     assert found.kv_bytes == needed_bytes(network.shape, cell) <= found.allocated_bytes
     assert 0 < found.step_ms_low <= found.step_ms <= found.step_ms_high
     assert found.tokens_per_second == pytest.approx(3000 / found.step_ms)
@@ -81,16 +81,21 @@ def test_a_measured_cell_says_what_it_held_and_how_long_a_step_took(network, can
     assert found.attention_path
 
 
-def test_one_sequence_takes_the_way_of_a_chat_unless_batches_stand_beside_it(model, monkeypatch):
-    taken = []
-    for name in ("forward", "forward_batch"):
-        original = getattr(benches, name)
-        monkeypatch.setattr(benches, name, _noting(taken, name, original))
-    results(NetworkBench(model), [Cell(DENSE, 300, 1)])
-    assert set(taken) == {"forward"}
-    taken.clear()
-    results(NetworkBench(model, has_batches=True), plan_cells([DENSE], [300], [1, 2]))
-    assert set(taken) == {"forward_batch"}
+def test_every_batch_size_takes_the_way_of_a_chat(model, monkeypatch):
+    taken, run = [], model.lean.run
+    monkeypatch.setattr(model.lean, "run", lambda cache, tokens: taken.append(len(tokens)) or run(cache, tokens))
+    found = results(NetworkBench(model), plan_cells([DENSE, KIVI], [300], [1, 2, 5]))
+    steps = found[0].num_steps + throughput.WARM_UP_STEPS
+    assert taken == [1] * 2 * steps + [2] * 2 * steps + [5] * 2 * steps
+
+
+@pytest.mark.parametrize("candidate", [DENSE, KIVI], ids=lambda one: one.label)
+@pytest.mark.parametrize("context", [128, 300])
+def test_every_timed_step_is_one_of_the_last_before_the_context(network, monkeypatch, candidate, context):
+    lengths, step = [], network.step
+    monkeypatch.setattr(network, "step", lambda cache: lengths.append(cache.num_tokens // 2) or step(cache))
+    results(network, [Cell(candidate, context, 2)])
+    assert lengths[throughput.WARM_UP_STEPS :] == [*range(context - 8, context)] * 2
 
 
 @pytest.mark.parametrize("candidate", [DENSE, KIVI], ids=lambda one: one.label)
@@ -100,7 +105,7 @@ def test_a_prompt_in_pieces_is_stored_as_one_in_a_piece(network, monkeypatch, ca
         monkeypatch.setattr(throughput, "FILL_TOKENS", size)
         filled = FilledCell(network, Cell(candidate, 300, 2))
         assert len(list(filled.fill())) == 2 * (1 if size > 1000 else 6)
-        tiles.append(filled.cache.rebuild(1, 1, 0, 300 - 14))
+        tiles.append(filled.cache.rebuild(1, 1, 0, 300 - 8))
     torch.testing.assert_close(tiles[0].keys, tiles[1].keys, atol=0, rtol=0)
     torch.testing.assert_close(tiles[0].values, tiles[1].values, atol=0, rtol=0)
 
@@ -111,10 +116,10 @@ def test_every_row_of_a_batch_has_its_own_storage(network):
         pass
     one = filled.cache.rebuild(1, 0, 0, 100).keys
     assert one.abs().max() > 0
-    assert filled.cache.lengths == [[300 - 14] * 3] * 2
+    assert filled.cache.lengths == [[300 - 8] * 3] * 2
     filled.cache.append(0, torch.zeros(3, 2, 40, 32).half(), torch.zeros(3, 2, 40, 32).half())
     filled.cache.end_prefill()
-    whole = needed_bytes(network.shape, Cell(KIVI, 300 - 14, 3))
+    whole = needed_bytes(network.shape, Cell(KIVI, 300 - 8, 3))
     assert filled.cache.footprint().reserved_bytes >= whole
     filled.close()
     assert filled.cache.footprint().reserved_bytes == 0
@@ -215,7 +220,7 @@ def test_what_time_does_not_reach_is_skipped(network):
 def test_a_slow_cell_takes_fewer_steps(network, monkeypatch):
     monkeypatch.setattr(throughput, "CELL_SECONDS", 0.0)
     (found,) = results(network, [Cell(DENSE, 300, 1)])
-    assert found.num_steps == throughput.MIN_TIMED_STEPS
+    assert found.num_steps == throughput.ROUND_STEPS
 
 
 def test_attention_alone_measures_some_layers_and_speaks_of_all(attention, monkeypatch):
@@ -238,7 +243,7 @@ def test_a_layer_too_large_for_the_lab_is_a_sentence(attention, monkeypatch):
 
 def test_a_random_network_runs_through_the_same_bench():
     model = random_model(SMALL, torch.device("cpu"), torch.float32)
-    found = results(NetworkBench(model, has_batches=True), plan_cells([DENSE, KIVI], [300], [2]))
+    found = results(NetworkBench(model), plan_cells([DENSE, KIVI], [300], [2]))
     assert [one.status for one in found] == ["measured", "measured"]
     assert SMALL.weight_bytes == 2 * model.num_parameters
 
@@ -260,13 +265,3 @@ def test_random_prompts_have_large_key_channels_and_plain_values():
     spread = keys.abs().mean(dim=2)
     assert spread.max() > 4 * spread.median()
     assert values.abs().mean(dim=2).max() < 2
-
-
-def _noting(taken, name, original):
-    """`original`, which notes its name in `taken` when it is called."""
-
-    def call(*given):
-        taken.append(name)
-        return original(*given)
-
-    return call

@@ -35,30 +35,31 @@ def weights(dtype: torch.dtype, *, has_biases: bool = False, has_head_norms: boo
 
 def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Something of all three that differs from layer to layer."""
-    return (layer + 1) * query * key.repeat_interleave(2, 0) + value.repeat_interleave(2, 0)
+    return (layer + 1) * query * key.repeat_interleave(2, 1) + value.repeat_interleave(2, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{}, {"has_biases": True}, {"has_head_norms": True}], ids=["llama", "qwen2", "qwen3"]
 )
-def test_a_step_equals_the_definition(dtype, options, poisoned):
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 7, 16])
+def test_a_step_equals_the_definition(dtype, options, num_rows, poisoned):
     model = weights(dtype, **options)
-    decoder = cpu.Decoder(model)
-    for token in (0, VOCABULARY - 1, 17):
-        angle = torch.rand(DIM // 2) * 6
-        want = reference.Decoder(model).run(token, angle.cos(), angle.sin(), attend)
-        got = decoder.run(token, angle.cos(), angle.sin(), attend)
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    decoder = cpu.Decoder(model, num_rows)
+    for first in (0, VOCABULARY - num_rows, 17):
+        tokens, angle = range(first, first + num_rows), torch.rand(num_rows, DIM // 2) * 6
+        want = reference.Decoder(model).run(tokens, angle.cos(), angle.sin(), attend)
+        got = decoder.run(tokens, angle.cos(), angle.sin(), attend)
+        torch.testing.assert_close(got, want, atol=3e-5, rtol=3e-5)
 
 
 def test_large_gates_neither_overflow_nor_vanish():
     model = weights(torch.float32)
     for layer in model.layers:
         layer.gate.mul_(500)
-    angle = torch.rand(DIM // 2)
-    want = reference.Decoder(model).run(3, angle.cos(), angle.sin(), attend)
-    got = cpu.Decoder(model).run(3, angle.cos(), angle.sin(), attend)
+    angle = torch.rand(1, DIM // 2)
+    want = reference.Decoder(model).run([3], angle.cos(), angle.sin(), attend)
+    got = cpu.Decoder(model).run([3], angle.cos(), angle.sin(), attend)
     torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-4)
 
 

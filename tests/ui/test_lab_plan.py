@@ -170,9 +170,11 @@ def test_the_file_has_a_row_a_cell_with_its_conditions(run):
 
 
 @pytest.fixture
-def labs(hub, tiny_folder):
+def labs(hub, tiny_folder, monkeypatch):
     from kvlens.engine.model import load_model
+    from kvlens.ui import lab_handlers
 
+    monkeypatch.setattr(lab_handlers, "UPDATE_SECONDS", 0.0)
     hub.model = load_model(tiny_folder, device="cpu")
     return LabHandlers(hub, SessionStore())
 
