@@ -7,11 +7,13 @@ layout of pairs (halves, neighbours, a part of the channels) is that model's. Th
 
 import copy
 import sys
+from functools import cached_property
 from math import prod
 
 import torch
 
 from kvlens.engine.errors import ModelError
+from kvlens.kernels.sparse_attend import KeyTurn
 
 
 class Rotary:
@@ -56,6 +58,23 @@ class Rotary:
         # Some embeddings scale as they turn (YaRN's attention factor); the way back divides by its square.
         squares = cosines.square() + sines.square()
         return self._turn(keys, cosines / squares, -sines / squares)
+
+    @cached_property
+    def turn(self) -> KeyTurn | None:
+        """The same in numbers, for kernels that turn keys themselves; None where it pairs channels differently."""
+        if self._embedding is None:
+            return KeyTurn(torch.zeros(1))
+        frequencies = getattr(self._embedding, "inv_freq", None)
+        if frequencies is None:
+            return None
+        frequencies, scale = frequencies.float(), float(getattr(self._embedding, "attention_scaling", 1.0))
+        places = torch.tensor([0, 1, 7, 100], device=frequencies.device)
+        keys = torch.randn(1, len(places), 2 * len(frequencies), device=frequencies.device)
+        angles = places.unsqueeze(1) * frequencies
+        low, high = keys.chunk(2, dim=-1)
+        halves = low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()
+        is_alike = torch.allclose(self.rotate(keys, places), scale * torch.cat(halves, dim=-1), atol=1e-3)
+        return KeyTurn(frequencies, scale) if is_alike else None
 
     def _waves(self, keys: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines, each fp32 `[1, T, W]` with W turned channels."""

@@ -21,7 +21,7 @@ the cache (`shared_bytes`). Atoms of the prompt belong to the conversation and c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import ceil
 from typing import Any
 
@@ -39,7 +39,7 @@ from kvlens.engine.sparse_coder import PURSUITS, SparseCoder, SparseRecipe
 from kvlens.engine.sparse_pages import SparsePages
 from kvlens.kernels import dispatch
 from kvlens.kernels.pursuit import MAX_SPARSITY
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, sparse_attend
+from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide, sparse_attend
 
 PAGE_TOKENS = 64
 
@@ -273,10 +273,15 @@ class CsrCache(PagedCache):
     def _past(self, layer: int) -> SparsePast:
         pool, state = self._table.pool, self._layers[layer]
         keys, values = (
-            SparseSide(pages.words(pool), pages.coefficients(pool), atoms[layer])
-            for pages, atoms in ((self._keys, self._dictionaries.keys), (self._values, self._dictionaries.values))
+            SparseSide(
+                pages.words(pool),
+                pages.coefficients(pool),
+                coder.learned[layer],
+                None if coder.means is None else coder.means[layer],
+            )
+            for pages, coder in zip(self._pages, self._coders, strict=True)
         )
-        return SparsePast(self._layout, keys, values, self._table.tensor[layer], state.num_keys)
+        return SparsePast(self._layout, keys, values, self._table.tensor[layer], state.num_keys, self._turn)
 
     # ------------------------------------------------------------------ reading
 
@@ -291,16 +296,23 @@ class CsrCache(PagedCache):
         exact_to_coded = partial(coder.coded, layer, first=first)
         return CodedVectors(first, codes, coder.recipe.parts, coder.atoms(layer, row), exact_to_coded)
 
+    @cached_property
+    def _turn(self) -> KeyTurn | None:
+        """What attention turns keys by that are coded before RoPE."""
+        turn = None if self.config.is_after_rope else self.facts.rotary.turn
+        return turn and KeyTurn(turn.inverse_frequencies.to(self.device), turn.scale)
+
     @property
     def _reads_codes(self) -> bool:
         """Whether attention reads codes as they are, not what they restore."""
-        return self.config.is_after_rope and not self.config.is_centred and not self.config.prompt_atoms
+        is_plain = self.config.is_after_rope and not self.config.is_centred
+        return (is_plain or self._turn is not None) and not self.config.prompt_atoms
 
     @property
     def attention_path(self) -> str:
         if self._reads_codes:
             return f"{dispatch.describe('sparse_attend', self.device)} on sparse codes"
-        return "restored tile by tile, as in the paper"
+        return "restored tile by tile"
 
     # ------------------------------------------------------------------ bytes
 

@@ -8,8 +8,9 @@ page, from there on by R(-16)), and the key of token b + i by R(i). So all the a
 cosines and sines, which stay in the first-level cache while the atoms stream through it; so do the
 sixteen turned means R(i) mean, which cost nothing: they are what the turn is added to.
 
-Where the processor computes in fp16 (AVX512-FP16), atoms are kept and summed in it, thirty-two channels at once; from
-the turn on everything is fp32. The means are the larger part of a key, and never were in fp16.
+With `is_half` (AVX512-FP16) atoms are kept and summed in fp16, thirty-two channels at once; from the turn on everything
+is fp32. So are the means, the larger part of a key. A sum is then some two roundings of an fp16 key away from the
+true one: too far for fp32 queries, which are answered in fp32, and less than queries of 16 bits lose anyway.
 
 Rows of atoms, means, waves and turned queries have their channels in vectors: those of the first half of each
 pair, those of the second, those that are not turned; each filled up with zeros (`row_lanes`).
@@ -227,10 +228,14 @@ def _leave_atoms(builder, given: TurnArguments, form: TurnFormat, block: Block, 
 
 
 def _restored(builder, given: TurnArguments, form: TurnFormat, place: ir.Value) -> list[Lanes]:
-    """The fp32 sum of the atoms of the token whose offsets lie at `place`."""
+    """The fp32 sum of the atoms of the token whose offsets lie at `place`.
+
+    The last slot comes first: a pursuit chooses large coefficients before small ones, and while a sum is small fp16
+    rounds it less.
+    """
     count = len(form.lanes)
     sums: list[Lanes] = []
-    for slot in range(form.slots):
+    for slot in reversed(range(form.slots)):
         offset = builder.load(at(builder, place, ir.IntType(32), _ROW * slot), align=4)
         atom = builder.add(given.atoms, builder.zext(offset, place.type))
         code = _ROW * (form.slots + slot)
@@ -245,7 +250,7 @@ def _restored(builder, given: TurnArguments, form: TurnFormat, place: ir.Value) 
             factor = broadcast(builder, builder.load(at(builder, place, ir.FloatType(), code), align=4))
             row = [load_floats(builder, plus(builder, atom, index, _ROW), NUM_LANES) for index in range(count)]
         factors = [factor.resized(vector.num_lanes) for vector in row]
-        if slot == 0:
+        if not sums:
             sums = [x * y for x, y in zip(row, factors, strict=True)]
         else:
             sums = [x.times_plus(y, total) for x, y, total in zip(row, factors, sums, strict=True)]

@@ -68,7 +68,7 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
         scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
         torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])
     else:
-        turned = _place_turned(call.attend.arguments, past, exact)
+        turned = _place_turned(call.attend.arguments, past, exact, query.dtype)
     output = torch.empty(query.shape, dtype=torch.float32)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32)
     num_tokens = as_dtype(torch.int32, past.num_tokens).contiguous()
@@ -108,7 +108,7 @@ def warm_up(
     known = set(jit.compiled())
     elements = ELEMENTS[query_dtype], FP32, ELEMENTS[exact_dtype]
     shape = CallShape(head_dim, heads_per_group, layout.page_tokens, 0, *elements, jit.has_lookups())
-    _kernels(shape, layout, _Turned(turned_channels, has_key_means, jit.has_half_arithmetic()))
+    _kernels(shape, layout, _Turned(turned_channels, has_key_means, _sums_in_half(query_dtype)))
     return sum(kernel.compile_ms for kernel in jit.compiled() if kernel not in known)
 
 
@@ -194,6 +194,11 @@ class _Turned:
     is_half: bool
 
 
+def _sums_in_half(query_dtype: torch.dtype) -> bool:
+    """Whether atoms of a key are summed in fp16: where the processor can, for queries of 16 bits."""
+    return query_dtype != torch.float32 and jit.has_half_arithmetic()
+
+
 @lru_cache(maxsize=256)
 def _kernels(shape: CallShape, layout: SparseLayout, turned: _Turned) -> AttendKernels:
     heads, is_packed = min(shape.heads_per_group, MAX_LANES), int(layout.is_packed)
@@ -246,7 +251,7 @@ def _kept(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> _Kept:
     layout, has_lookups, num_threads = past.layout, jit.has_lookups(), threads.num_threads()
     num_atoms = len(past.keys.dictionary), len(past.values.dictionary)
     width = 0 if past.turn is None else 2 * len(past.turn.inverse_frequencies)
-    turned = _Turned(width, past.keys.means is not None, jit.has_half_arithmetic())
+    turned = _Turned(width, past.keys.means is not None, _sums_in_half(query.dtype))
 
     def build() -> _Kept:
         heads, parts = num_query_heads // num_kv_heads, layout.value_parts
@@ -289,10 +294,12 @@ def _place_coded(side: Side, coded: SparseSide, num_tokens: torch.Tensor) -> tup
     return words, coefficients
 
 
-def _place_turned(arguments: AttendArguments, past: SparsePast, exact: ExactTokens) -> tuple[torch.Tensor | None, ...]:
+def _place_turned(
+    arguments: AttendArguments, past: SparsePast, exact: ExactTokens, query_dtype: torch.dtype
+) -> tuple[torch.Tensor | None, ...]:
     """Fill in what turns keys. Gives what must live as long as the addresses are used."""
     width, keys = 2 * len(past.turn.inverse_frequencies), past.keys
-    atoms = prepared.rows(keys.dictionary, width, torch.float16 if jit.has_half_arithmetic() else torch.float32)
+    atoms = prepared.rows(keys.dictionary, width, torch.float16 if _sums_in_half(query_dtype) else torch.float32)
     waves = prepared.waves(
         past.turn,
         page_tokens=past.layout.page_tokens,

@@ -6,6 +6,7 @@ import transformers
 
 from kvlens.engine.errors import ModelError
 from kvlens.engine.rotary import Rotary
+from kvlens.kernels.sparse_attend import reference as sparse_reference
 from tests import tiny
 
 SIZES = {
@@ -90,3 +91,16 @@ def test_an_embedding_that_cannot_be_undone_is_refused():
 
     with pytest.raises(ModelError, match="OddRotaryEmbedding"):
         Rotary.of(torch.nn.Sequential(OddRotaryEmbedding()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_turn_in_numbers_is_the_models_or_absent(name):
+    rotary = Rotary.of(NETWORKS[name]())
+    if "neighbours" in name:
+        assert rotary.turn is None
+        return
+    width = 2 * len(rotary.turn.inverse_frequencies)
+    keys, first = torch.randn(3, 40, width + 4), 50
+    got = sparse_reference.turned(keys, rotary.turn, first=first)
+    want = rotary.rotate(keys, torch.arange(first, first + 40))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -130,8 +130,16 @@ def sparse_cases() -> list[SparseCase]:
         *(replace(turned, name=f"turned_heads{hq}_{hk}", num_query_heads=hq, num_kv_heads=hk, lengths=(190,),
                   num_coded=(150,))
           for hq, hk in [(1, 1), (3, 3), (7, 1), (14, 2), (17, 1)]),
-        *(replace(turned, name=f"turned_{str(dtype)[6:]}", dtype=dtype, head_dim=128, turned_channels=128, num_sinks=4)
-          for dtype in (torch.float16, torch.bfloat16)),
+        *(replace(turned, name=f"turned_{str(dtype)[6:]}_{width}_of_{dim}", dtype=dtype, head_dim=dim,
+                  turned_channels=width, num_sinks=4, coefficient_bits=bits, means=means)
+          for dtype, width, dim, bits, means in [
+              (torch.bfloat16, 128, 128, 6, ("keys", "values")), (torch.float16, 128, 128, 16, ()),
+              (torch.float16, 64, 64, 6, ("keys",)), (torch.float16, 10, 24, 6, ("keys",)),
+              (torch.float16, 8, 8, 6, ()), (torch.float16, 96, 96, 6, ("keys",)), (torch.float16, 32, 80, 16, ("keys",)),
+          ]),
+        replace(turned, name="turned_float16_outliers", dtype=torch.float16, spread="outliers"),
+        replace(turned, name="turned_float16_long", dtype=torch.float16, lengths=(4001,), num_coded=(3873,)),
+        replace(turned, name="turned_float16_heads17", dtype=torch.float16, num_query_heads=17, num_kv_heads=1),
     ]  # fmt: skip
     return cases
 

@@ -30,14 +30,15 @@ def assert_close(got, expected) -> None:
 
 
 def assert_close_for(case: SparseCase, got, expected) -> None:
-    """As above; where a turned key's atoms are summed in fp16, within 1e-3 of the whole output."""
-    if not (case.turned_channels and jit.has_half_arithmetic()):
+    """As above; against the whole output where huge scores are rounded, or atoms of turned keys summed in fp16."""
+    is_half = case.dtype != torch.float32
+    if case.spread != "outliers" and not (case.turned_channels and is_half):
         assert_close(got, expected)
         return
     assert got.output.dtype == expected.output.dtype
-    torch.testing.assert_close(got.log_sum_exp, expected.log_sum_exp, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got.log_sum_exp, expected.log_sum_exp, atol=1e-3, rtol=1e-3 if is_half else 1e-5)
     difference = (got.output.float() - expected.output.float()).norm()
-    rounding = OUTPUT_TOLERANCES[got.output.dtype]["rtol"] + 1e-3
+    rounding = 4e-3 if case.dtype == torch.bfloat16 else 2e-3 if is_half else 1e-4
     assert difference <= rounding * expected.output.float().norm()
 
 
