@@ -5,6 +5,7 @@ refused at load: its own cache and ours must give the same logits on a short pro
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -172,12 +173,22 @@ def load_model(
         label, network, tokenizer, ModelShape.of(config), target, network.dtype, context,
         is_embedded=name is None, end_tokens=_end_tokens(network, tokenizer),
     )  # fmt: skip
-    say(f"Checking that {label} gives the same answer through the bridge")
-    _self_test(model)
-    _take_short_way(model, stored_dtype)
-    say(f"Preparing the kernels for {label}")
-    warm_up_methods(model)
+    with _kernels_watched(target, say):
+        say(f"Checking that {label} gives the same answer through the bridge")
+        _self_test(model)
+        _take_short_way(model, stored_dtype)
+        say(f"Preparing the kernels for {label}")
+        warm_up_methods(model)
     return model
+
+
+def _kernels_watched(device: torch.device, say: Progress) -> AbstractContextManager:
+    """Within it `say` hears how far the CPU kernels are, where they are compiled for the first time."""
+    if device.type != "cpu":
+        return nullcontext()
+    from kvlens.kernels.native import jit
+
+    return jit.watched(lambda count: say(f"Compiling the CPU kernels, once for this machine: {count} ready"))
 
 
 def _guarded(label: str, load: Callable):

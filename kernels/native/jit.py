@@ -13,7 +13,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from numba.extending import intrinsic
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _kernels: dict[tuple, "Kernel"] = {}
+_watchers: list[Callable[[int], None]] = []
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,27 @@ def _compile(factory: Callable[..., Callable], constants: tuple[int, ...]) -> Ke
         function = numba.cfunc(signature, **options)(python_function)
     elapsed_ms = (time.perf_counter() - start) * 1e3
     name = " ".join([factory.__name__, *map(str, constants)])
-    return Kernel(name, function.address, elapsed_ms, function.cache_hits > 0, function)
+    from_disk = function.cache_hits > 0
+    if not from_disk:
+        _tell(1 + sum(not known.from_disk for known in _kernels.values()))
+    return Kernel(name, function.address, elapsed_ms, from_disk, function)
+
+
+@contextmanager
+def watched(tell: Callable[[int], None]) -> Iterator[None]:
+    """Within it `tell` hears, after each kernel that was not on disk, how many this process has compiled."""
+    _watchers.append(tell)
+    try:
+        yield
+    finally:
+        _watchers.remove(tell)
+
+
+def _tell(num_compiled: int) -> None:
+    if num_compiled == 1:
+        _log.warning("KVLens compiles CPU kernels for this machine; the next start finds them on disk")
+    for tell in _watchers:
+        tell(num_compiled)
 
 
 def compiled() -> list[Kernel]:

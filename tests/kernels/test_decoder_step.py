@@ -2,6 +2,7 @@
 
 import ctypes
 
+import numba
 import pytest
 import torch
 
@@ -109,3 +110,23 @@ def test_a_waiting_task_sees_all_that_was_before_it(num_threads):
         counters.total = counters.seen = counters.num_items = 0
         program.run()
         assert (counters.seen, counters.total) == (5050 + 55, 5050 + 55 + 6)
+
+
+def test_who_watches_hears_of_kernels_that_are_compiled_and_not_of_those_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    heard = []
+    for _ in range(2):  # the second time stands for another process
+        monkeypatch.setattr(jit, "_kernels", {})
+        with jit.watched(heard.append):
+            jit.kernel(counting_kernel)
+            jit.kernel(announcing_kernel)
+            jit.kernel(counting_kernel)
+    jit.kernel(waiting_kernel)
+    assert heard == [1, 2]
+
+
+def waiting_kernel(source):
+    def wait(arguments, item, thread):
+        depends_on(source)
+
+    return wait
