@@ -50,9 +50,9 @@ from kvlens.kernels.native.sparse_rows import (
     score_codes,
     weave_rows,
 )
-from kvlens.kernels.native.turned_rows import score_turned, scratch_bytes, turn_means
-from kvlens.kernels.native.vectors import FP32
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, prepared
+from kvlens.kernels.native.turned_rows import row_lanes, score_turned, scratch_bytes, turn_means
+from kvlens.kernels.native.vectors import FP32, NUM_LANES
+from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide, waves
 
 jit.require_half_floats()
 
@@ -63,22 +63,15 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
     Raises: ValueError for an element type that the kernels do not read.
     """
     call = _kept(query, past, exact)
-    turned = None
     if past.turn is None:
         scaled = query.reshape(-1, query.shape[2]).float() * (scaling / LOG_2)
         torch.mm(scaled, past.keys.dictionary.t(), out=call.table[:, : len(past.keys.dictionary)])
-    else:
-        turned = _place_turned(call.attend.arguments, past, exact, query.dtype)
     output = torch.empty(query.shape, dtype=torch.float32)
     log_sum_exp = torch.empty(query.shape[:2], dtype=torch.float32)
-    num_tokens = as_dtype(torch.int32, past.num_tokens).contiguous()
     # Whatever had to be copied must live until the kernel returns.
-    copies = (
-        _place_coded(call.attend.arguments.keys, past.keys, num_tokens),
-        _place_coded(call.attend.arguments.values, past.values, num_tokens),
-    )
+    copies = _place_past(call.attend.arguments, past, exact, query.dtype)
     call.attend.enter(query, past.page_table, exact, output, log_sum_exp, scaling)
-    del copies, turned
+    del copies
     num_atoms = len(past.values.dictionary)
     atoms = call.accumulators[:, :num_atoms]
     output.view(len(atoms), -1).addmm_(atoms, past.values.dictionary)
@@ -283,6 +276,17 @@ def _kept(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> _Kept:
     return kept_call(key, build)
 
 
+def _place_past(arguments: AttendArguments, past: SparsePast, exact: ExactTokens, query_dtype: torch.dtype) -> tuple:
+    """Fill in where coded tokens lie. Gives what must live as long as the addresses are used."""
+    num_tokens = as_dtype(torch.int32, past.num_tokens).contiguous()
+    return (
+        num_tokens,
+        _place_coded(arguments.keys, past.keys, num_tokens),
+        _place_coded(arguments.values, past.values, num_tokens),
+        None if past.turn is None else _place_turned(arguments, past, exact, query_dtype),
+    )
+
+
 def _place_coded(side: Side, coded: SparseSide, num_tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     words, (page, head, slot, _) = with_strides(coded.words)
     side.codes, side.codes_page_stride, side.codes_head_stride = words.data_ptr(), 2 * page, 2 * head
@@ -298,19 +302,30 @@ def _place_turned(
     arguments: AttendArguments, past: SparsePast, exact: ExactTokens, query_dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, ...]:
     """Fill in what turns keys. Gives what must live as long as the addresses are used."""
-    width, keys = 2 * len(past.turn.inverse_frequencies), past.keys
-    atoms = prepared.rows(keys.dictionary, width, torch.float16 if _sums_in_half(query_dtype) else torch.float32)
-    waves = prepared.waves(
-        past.turn,
-        page_tokens=past.layout.page_tokens,
-        first=exact.sink_keys.shape[2],
-        num_pages=past.page_table.shape[1],
-    )
-    arguments.atoms = atoms.data_ptr()
-    arguments.turn_steps, arguments.turn_starts = waves.steps.data_ptr(), waves.starts.data_ptr()
-    arguments.turn_starts_stride = 4 * waves.starts.shape[1]
+    turn, width = past.turn, 2 * len(past.turn.inverse_frequencies)
+    atoms = _in_lanes(past.keys.dictionary, width, torch.float16 if _sums_in_half(query_dtype) else torch.float32)
+    steps = waves.steps(turn, NUM_LANES, lanes=NUM_LANES)
+    starts = waves.starts(
+        turn, first=exact.sink_keys.shape[2], stride=past.layout.page_tokens, count=past.page_table.shape[1],
+        lanes=NUM_LANES,
+    )  # fmt: skip
+    arguments.atoms, arguments.turn_steps = atoms.data_ptr(), steps.data_ptr()
+    arguments.turn_starts, arguments.turn_starts_stride = starts.data_ptr(), 4 * starts.stride(0)
     means = None
-    if keys.means is not None:
-        means = prepared.rows(keys.means, width, torch.float32)
+    if past.keys.means is not None:
+        means = _in_lanes(past.keys.means, width, torch.float32)
         arguments.means, arguments.means_stride = means.data_ptr(), 4 * means.shape[1]
-    return atoms, waves.steps, waves.starts, means
+    return atoms, steps, starts, means
+
+
+def _in_lanes(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Atoms or means with their channels in whole vectors, see `turned_rows`. Shapes: `[n, D]` to `[n, lanes]`."""
+
+    def make() -> torch.Tensor:
+        lanes = row_lanes(rows.shape[1], width)
+        made = torch.zeros(len(rows), NUM_LANES * len(lanes), dtype=dtype)
+        for index, (first, count) in enumerate(lanes):
+            made[:, NUM_LANES * index : NUM_LANES * index + count] = rows[:, first : first + count]
+        return made
+
+    return waves.once(rows, ("lanes", width, dtype), make)

@@ -135,7 +135,8 @@ def sparse_cases() -> list[SparseCase]:
           for dtype, width, dim, bits, means in [
               (torch.bfloat16, 128, 128, 6, ("keys", "values")), (torch.float16, 128, 128, 16, ()),
               (torch.float16, 64, 64, 6, ("keys",)), (torch.float16, 10, 24, 6, ("keys",)),
-              (torch.float16, 8, 8, 6, ()), (torch.float16, 96, 96, 6, ("keys",)), (torch.float16, 32, 80, 16, ("keys",)),
+              (torch.float16, 8, 8, 6, ()), (torch.float16, 96, 96, 6, ("keys",)),
+              (torch.float16, 32, 80, 16, ("keys",)),
           ]),
         replace(turned, name="turned_float16_outliers", dtype=torch.float16, spread="outliers"),
         replace(turned, name="turned_float16_long", dtype=torch.float16, lengths=(4001,), num_coded=(3873,)),
