@@ -19,7 +19,7 @@ Dictionaries that are learned offline are read by all conversations and count as
 the cache (`shared_bytes`). Atoms of the prompt belong to the conversation and count in it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import ceil
@@ -40,6 +40,7 @@ from kvlens.engine.sparse_pages import SparsePages
 from kvlens.kernels import dispatch
 from kvlens.kernels.pursuit import MAX_SPARSITY
 from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide, sparse_attend
+from kvlens.kernels.sparse_attend.tasks import CHANNELS, step_tasks
 
 PAGE_TOKENS = 64
 
@@ -269,6 +270,24 @@ class CsrCache(PagedCache):
             lengths[row] += 1
             self._flush(layer, row, lengths[row])
         return output
+
+    def step_key(self) -> Hashable | None:
+        is_whole = self.shape.head_dim // self.config.value_parts % CHANNELS == 0
+        has_tasks = self._reads_codes and is_whole and min(self.lengths[0]) >= self.config.num_sinks
+        return self._num_allocations if has_tasks else None
+
+    def step_tasks(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
+        scaling: float,
+    ) -> list[Any]:  # fmt: skip
+        return step_tasks(query, keys, values, output, self._past(layer), self._exact(layer), scaling=scaling)
+
+    def end_tasks(self) -> None:
+        """What has left the window is coded here, once a flush is full."""
+        super().end_tasks()
+        for layer, lengths in enumerate(self.lengths):
+            for row, after in enumerate(lengths):
+                self._flush(layer, row, after)
 
     def _past(self, layer: int) -> SparsePast:
         pool, state = self._table.pool, self._layers[layer]

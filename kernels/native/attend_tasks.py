@@ -6,6 +6,7 @@ attention. The last one quantizes values that have left the exact window, row by
 
 import ctypes
 
+import torch
 from numba import int32, int64, njit
 
 from kvlens.kernels.native import jit
@@ -96,6 +97,14 @@ def _slot(here, row, head, token):
     """The address of an exact token in the ring of a side."""
     place = row * side(here, "ring_batch_stride") + head * side(here, "ring_head_stride")
     return side(here, "ring") + place + token % side(here, "ring_slots") * side(here, "ring_row_stride")
+
+
+def step_arguments(keys: torch.Tensor, values: torch.Tensor) -> StepArguments:
+    """Where fresh tokens lie. Shapes: fp32 `[B, HK, D]`, of the same strides and with contiguous rows."""
+    batch_stride, head_stride, _ = keys.stride()
+    return StepArguments(
+        keys=keys.data_ptr(), values=values.data_ptr(), batch_stride=4 * batch_stride, head_stride=4 * head_stride
+    )
 
 
 def step_tasks(attend: AttendArguments, arguments: StepArguments, *, element: int, kept) -> list[Task]:

@@ -31,7 +31,7 @@ def step_tasks(
     """
     from kvlens.kernels.native.attend_arguments import AttendArguments
     from kvlens.kernels.native.attend_call import element_of
-    from kvlens.kernels.native.attend_tasks import StepArguments
+    from kvlens.kernels.native.attend_tasks import step_arguments
     from kvlens.kernels.native.attend_tasks import step_tasks as native_tasks
     from kvlens.kernels.packed_attend import cpu
     from kvlens.kernels.quantize_pack.cpu import row_kernel
@@ -43,12 +43,9 @@ def step_tasks(
     copies = call.place(query, past.page_table, exact, output, log_sum_exp, scaling)
     attend = AttendArguments.from_buffer_copy(call.arguments)
     scratch = torch.empty(keys.shape[-1] + 16)
-    batch_stride, head_stride, _ = keys.stride()
-    arguments = StepArguments(
-        keys=keys.data_ptr(), values=values.data_ptr(), batch_stride=4 * batch_stride, head_stride=4 * head_stride,
-        scratch=scratch.data_ptr(),
-    )  # fmt: skip
+    arguments = step_arguments(keys, values)
     if due_values is not None:
+        arguments.scratch = scratch.data_ptr()
         arguments.due_values = due_values.data_ptr()
         arguments.scale_row_bytes = 2 * past.values.scale.shape[-1]
         arguments.quantize = row_kernel(past.layout.value_bits, past.layout.value_group_size, exact.values.dtype)
