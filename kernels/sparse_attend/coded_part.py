@@ -88,6 +88,14 @@ def scores_of(
 
 
 @triton.jit
+def places_of(block, tile, TILING: tl.constexpr):
+    """Where the scores of a tile `[tokens, lanes]` are kept."""
+    token = tile * TILING.tile_tokens + tl.arange(0, TILING.tile_tokens)
+    first = block * (TILING.num_tiles * TILING.tile_tokens)
+    return (first + token)[:, None] * TILING.lanes + tl.arange(0, TILING.lanes)[None, :]
+
+
+@triton.jit
 def share_of(split, num_tokens, TILING: tl.constexpr):
     """The tiles of one split: first, and one after the last."""
     num_tiles = tl.cdiv(num_tokens, TILING.tile_tokens)

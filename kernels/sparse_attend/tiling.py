@@ -15,7 +15,7 @@ from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast
 
 MAX_LANES = 16
 PROGRAMS = 16  # of one warp each, that run at once on a multiprocessor
-TILE_TOKENS, DICTIONARY_ATOMS, OUTPUT_CHANNELS = 64, 64, 32
+TILE_TOKENS, DICTIONARY_ATOMS, OUTPUT_CHANNELS, TURN_CHANNELS = 64, 64, 32, 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,14 @@ class Tiling:
     key_atoms: int
     value_atoms: int
     value_parts: int
-    num_key_atoms: int  # of the dictionaries
+    num_key_atoms: int  # of the dictionaries; 0 where keys are turned: they have no table
     num_value_atoms: int
+    has_value_means: bool
+    # Keys that are coded before RoPE, else 0 and False
+    turned_channels: int
+    has_key_means: bool
+    turn_channels: int  # pairs that are restored at a time
+    num_tiles: int  # whose scores are kept
     # Blocks: lanes are the query heads of a table row, padded to `block_heads` for the tensor cores
     lanes: int
     block_heads: int
@@ -68,7 +74,9 @@ def tiling_of(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, arch
         DTYPES[query.dtype] if query.dtype == exact.keys.dtype == exact.values.dtype else tl.float32,
         *query.shape,
         exact.keys.shape[1],
-        (len(past.keys.dictionary), len(past.values.dictionary)),
+        (0 if past.turn else len(past.keys.dictionary), len(past.values.dictionary)),
+        (past.keys.means is not None, past.values.means is not None),
+        2 * len(past.turn.inverse_frequencies) if past.turn else 0,
         past.page_table.shape[1],
         (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
         num_multiprocessors(query.device),
@@ -84,6 +92,8 @@ def _tiling(
     head_dim: int,
     num_kv_heads: int,
     num_atoms: tuple[int, int],
+    has_means: tuple[bool, bool],
+    turned_channels: int,
     num_pages: int,
     capacities: tuple[int, int, int],
     multiprocessors: int,
@@ -115,6 +125,11 @@ def _tiling(
         value_parts=layout.value_parts,
         num_key_atoms=num_atoms[0],
         num_value_atoms=num_atoms[1],
+        has_value_means=has_means[1],
+        turned_channels=turned_channels,
+        has_key_means=has_means[0],
+        turn_channels=TURN_CHANNELS,
+        num_tiles=triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS) if turned_channels else 0,
         lanes=lanes,
         block_heads=max(8, lanes),
         head_blocks=head_blocks,

@@ -6,7 +6,11 @@
    window) give their output too, by the code of packed attention.
 3. Scatter: with the log-sum-exp of the whole sequence known, scores are looked up once more and the finished
    probabilities added to accumulators `[parts, atoms, lanes]`: y[i] += p c.
-4. Output: dictionary^T · y, plus the exact parts by their weights.
+4. Output: dictionary^T · y, plus the exact parts by their weights, plus the values' mean by the weight of all
+   coded tokens.
+
+Where keys are coded before RoPE there is no table: 2 restores and turns every key in registers and leaves the
+scores of all heads to 3, since finding them again would cost more than reading them.
 
 Why scatter, and why two passes
     Restoring a value reads head_dim numbers for every atom, out of a dictionary that no first-level cache
@@ -16,7 +20,7 @@ Why scatter, and why two passes
     than reading the codes; in one for all parts nothing can be rescaled, so the maximum must be known first.
     Codes are small: reading those of the keys twice is cheaper than keeping scores of every head.
 
-Files: `tiling.py` fixes the sizes, `coded_part.py` holds what 2 and 3 share.
+Files: `tiling.py` fixes the sizes, `coded_part.py` holds what 2 and 3 share, `turned_part.py` restores and turns.
 Limits: the order of atomic additions is not fixed, so two runs may differ in the last bits. Tokens of a slot
 and rows must be contiguous (they are copied if not). Not yet timed on a GPU. This module does not know how
 pages are filled.
@@ -30,7 +34,7 @@ from kvlens.kernels.compiled import Launch
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.packed_attend.triton import LOG2_E, rows_contiguous, store_part, strides
-from kvlens.kernels.sparse_attend import SparsePast, reference
+from kvlens.kernels.sparse_attend import SparsePast, waves
 from kvlens.kernels.sparse_attend.coded_part import (
     atoms_of,
     dot_exactly,
@@ -38,11 +42,13 @@ from kvlens.kernels.sparse_attend.coded_part import (
     locate_tile,
     log_sum_exp_of,
     place_of,
+    places_of,
     scales_of,
     scores_of,
     share_of,
 )
-from kvlens.kernels.sparse_attend.tiling import DICTIONARY_ATOMS, tiling_of
+from kvlens.kernels.sparse_attend.tiling import DICTIONARY_ATOMS, Tiling, tiling_of
+from kvlens.kernels.sparse_attend.turned_part import turned_scores_of
 
 
 @triton.jit
@@ -57,7 +63,8 @@ def _table_kernel(
     offs_n = tl.arange(0, TILING.block_heads)
     query_ptr = query_ptr + row * stride_query_row + query_head * stride_query_head
     products = tl.zeros((BLOCK_ATOMS, TILING.block_heads), tl.float32)
-    NUM_CHUNKS: tl.constexpr = TILING.block_d // TILING.exact_channels
+    # Turned keys have no table; accumulators are cleared all the same.
+    NUM_CHUNKS: tl.constexpr = 0 if TILING.turned_channels else TILING.block_d // TILING.exact_channels
     for chunk in tl.static_range(NUM_CHUNKS):
         offs_d = chunk * TILING.exact_channels + tl.arange(0, TILING.exact_channels)
         mask_d = offs_d < TILING.head_dim
@@ -90,9 +97,10 @@ def _weigh_kernel(
     stride_key_row, stride_key_head, stride_key_token, stride_value_row, stride_value_head, stride_value_token,
     stride_sink_key_row, stride_sink_key_head, stride_sink_key_token,
     stride_sink_value_row, stride_sink_value_head, stride_sink_value_token,
+    steps_ptr, starts_ptr, key_dictionary_ptr, stride_key_dictionary_atom, key_means_ptr, scores_ptr,
     TILING: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp of one part; of an exact one its output too."""
+    """The log-sum-exp of one part; of an exact one its output too, of one with turned keys their scores."""
     block, head, row, mask_n, query_head = place_of(TILING)
     part = tl.program_id(1)
     num_tokens = tl.load(num_tokens_ptr + row)
@@ -121,11 +129,23 @@ def _weigh_kernel(
         first, last = share_of(part - TILING.num_exact_parts, num_tokens, TILING)
         for tile in range(first, last):
             page, place, mask_t = locate_tile(tile, num_tokens, page_table_ptr + row * stride_table_row, TILING)
-            scores = scores_of(
-                table_ptr, key_words_ptr + page * stride_key_words_page + place,
-                key_coefficients_ptr + page * stride_key_coefficients_page + place,
-                stride_key_words_slot, stride_key_coefficients_slot, mask_t, TILING,
-            )  # fmt: skip
+            words_ptr = key_words_ptr + page * stride_key_words_page + place
+            coefficients_ptr = key_coefficients_ptr + page * stride_key_coefficients_page + place
+            if TILING.turned_channels:
+                in_group = block % TILING.head_blocks * TILING.lanes
+                first_head = head * TILING.heads_per_kv + in_group
+                scores = turned_scores_of(
+                    query_ptr + row * stride_query_row + first_head * stride_query_head, stride_query_head, scaling,
+                    in_group, tile, steps_ptr, starts_ptr, key_dictionary_ptr, stride_key_dictionary_atom,
+                    key_means_ptr + head * TILING.head_dim, words_ptr, coefficients_ptr, stride_key_words_slot,
+                    stride_key_coefficients_slot, mask_t, TILING,
+                )  # fmt: skip
+                tl.store(scores_ptr + places_of(block, tile, TILING), scores)
+            else:
+                scores = scores_of(
+                    table_ptr, words_ptr, coefficients_ptr, stride_key_words_slot, stride_key_coefficients_slot,
+                    mask_t, TILING,
+                )  # fmt: skip
             higher = tl.maximum(highest, tl.max(scores, axis=0))
             lane_total = lane_total * tl.exp2(highest - higher) + tl.sum(tl.exp2(scores - higher[None, :]), axis=0)
             highest = higher
@@ -141,7 +161,7 @@ def _scatter_kernel(
     stride_key_coefficients_page, stride_key_coefficients_head, stride_key_coefficients_slot,
     stride_value_words_page, stride_value_words_head, stride_value_words_slot,
     stride_value_coefficients_page, stride_value_coefficients_head, stride_value_coefficients_slot,
-    TILING: tl.constexpr,
+    scores_ptr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Add the probabilities of a share of the tokens to the atoms of their values."""
     NUM_SLOTS: tl.constexpr = TILING.value_parts * TILING.value_atoms
@@ -159,11 +179,14 @@ def _scatter_kernel(
     first, last = share_of(tl.program_id(1), num_tokens, TILING)
     for tile in range(first, last):
         page, place, mask_t = locate_tile(tile, num_tokens, page_table_ptr + row * stride_table_row, TILING)
-        scores = scores_of(
-            table_ptr, key_words_ptr + page * stride_key_words_page + place,
-            key_coefficients_ptr + page * stride_key_coefficients_page + place,
-            stride_key_words_slot, stride_key_coefficients_slot, mask_t, TILING,
-        )  # fmt: skip
+        if TILING.turned_channels:
+            scores = tl.load(scores_ptr + places_of(block, tile, TILING))
+        else:
+            scores = scores_of(
+                table_ptr, key_words_ptr + page * stride_key_words_page + place,
+                key_coefficients_ptr + page * stride_key_coefficients_page + place,
+                stride_key_words_slot, stride_key_coefficients_slot, mask_t, TILING,
+            )  # fmt: skip
         words_ptr = value_words_ptr + page * stride_value_words_page + place
         coefficients_ptr = value_coefficients_ptr + page * stride_value_coefficients_page + place
         weights = tl.exp2(scores - log_sum_exp[None, :]) * scales_of(coefficients_ptr, mask_t, TILING)[:, None]
@@ -182,12 +205,12 @@ def _scatter_kernel(
 @triton.jit
 def _output_kernel(
     accumulators_ptr, dictionary_ptr, part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
-    stride_dictionary_atom, BLOCK_ATOMS: tl.constexpr, TILING: tl.constexpr,
+    means_ptr, stride_dictionary_atom, BLOCK_ATOMS: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """A block of channels of the output: accumulators by the dictionary, exact parts by their weights."""
     CHANNELS: tl.constexpr = TILING.block_channels
     BLOCKS_PER_PART: tl.constexpr = (TILING.part_channels + CHANNELS - 1) // CHANNELS
-    block, _, row, mask_n, query_head = place_of(TILING)
+    block, head, row, mask_n, query_head = place_of(TILING)
     part = tl.program_id(1) // BLOCKS_PER_PART
     offs_c = tl.program_id(1) % BLOCKS_PER_PART * CHANNELS + tl.arange(0, CHANNELS)
     mask_c = offs_c < TILING.part_channels
@@ -219,18 +242,22 @@ def _output_kernel(
         place = (row_head * TILING.num_exact_parts + exact) * TILING.head_dim
         part_output = tl.load(part_output_ptr + place[None, :] + channel[:, None], mask=mask, other=0.0)
         output += part_output * tl.exp2(part_log_sum_exp - reference)[None, :]
+    if TILING.has_value_means:
+        share = tl.zeros((TILING.block_heads,), tl.float32)
+        for coded in range(TILING.num_exact_parts, TILING.num_parts):
+            part_log_sum_exp = tl.load(
+                part_log_sum_exp_ptr + row_head * TILING.num_parts + coded, mask=mask_n, other=float("-inf")
+            )
+            share += tl.exp2(part_log_sum_exp - reference)
+        means = tl.load(means_ptr + head * TILING.head_dim + channel, mask=mask_c, other=0.0)
+        output += means[:, None] * share[None, :]
     tl.store(output_ptr + row_head[None, :] * TILING.head_dim + channel[:, None], output, mask=mask)
     if tl.program_id(1) == 0:
         tl.store(log_sum_exp_ptr + row_head, log_sum_exp * 0.6931471805599453, mask=mask_n)
 
 
 def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
-    """See `kvlens.kernels.sparse_attend.sparse_attend`.
-
-    Limits: turned keys and means are not read here yet; the reference takes those.
-    """
-    if past.turn is not None or past.values.means is not None:
-        return reference.sparse_attend(query, past, exact, scaling=scaling)
+    """See `kvlens.kernels.sparse_attend.sparse_attend`."""
     result, launches = prepare(query, past, exact, scaling=scaling)
     with torch.cuda.device_of(query):
         for launch in launches:
@@ -257,7 +284,9 @@ def prepare(
     def numbers(*shape: int) -> torch.Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
+    num_atoms = tiling.num_key_atoms, tiling.num_value_atoms
     table = numbers(blocks, tiling.num_key_atoms, tiling.lanes)
+    scores = numbers(blocks, tiling.num_tiles * tiling.tile_tokens, tiling.lanes) if past.turn else table
     accumulators = numbers(blocks, tiling.value_parts, tiling.num_value_atoms, tiling.lanes)
     part_output = numbers(*heads, tiling.num_exact_parts, head_dim)
     part_log_sum_exp = numbers(*heads, tiling.num_parts)
@@ -276,7 +305,7 @@ def prepare(
         **_code_strides("key", key_words, key_coefficients),
     }
     return result, (
-        Launch(_table_kernel, (blocks, triton.cdiv(tiling.num_key_atoms, DICTIONARY_ATOMS)), {
+        Launch(_table_kernel, (blocks, triton.cdiv(max(num_atoms), DICTIONARY_ATOMS)), {
             "query_ptr": query,
             "scaling": scale,
             "dictionary_ptr": key_dictionary,
@@ -301,6 +330,10 @@ def prepare(
             **strides("value", values, "row", "head", "token"),
             **strides("sink_key", sink_keys, "row", "head", "token"),
             **strides("sink_value", sink_values, "row", "head", "token"),
+            **_turn_tensors(past, tiling, absent=table),
+            "key_dictionary_ptr": key_dictionary,
+            **strides("key_dictionary", key_dictionary, "atom"),
+            "scores_ptr": scores,
             **own,
         }),
         Launch(_scatter_kernel, (blocks, tiling.num_splits), {
@@ -309,6 +342,7 @@ def prepare(
             "value_coefficients_ptr": value_coefficients,
             **coded_keys,
             **_code_strides("value", value_words, value_coefficients),
+            "scores_ptr": scores,
             **own,
         }),
         Launch(
@@ -321,6 +355,7 @@ def prepare(
                 "part_log_sum_exp_ptr": part_log_sum_exp,
                 "output_ptr": result.output,
                 "log_sum_exp_ptr": result.log_sum_exp,
+                "means_ptr": table if past.values.means is None else past.values.means.contiguous(),
                 **strides("dictionary", value_dictionary, "atom"),
                 **products,
             },
@@ -335,3 +370,15 @@ def _code_strides(side: str, words: torch.Tensor, coefficients: torch.Tensor) ->
         return of_words | strides(f"{side}_coefficients", coefficients, "page", "head", "slot")
     of_scales = strides(f"{side}_coefficients", coefficients, "page", "head")
     return of_words | of_scales | {f"stride_{side}_coefficients_slot": 0}
+
+
+def _turn_tensors(past: SparsePast, tiling: Tiling, *, absent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What turns keys; `absent` stands for what is not read."""
+    if past.turn is None:
+        return {"steps_ptr": absent, "starts_ptr": absent, "key_means_ptr": absent}
+    size = tiling.tile_tokens
+    return {
+        "steps_ptr": waves.steps(past.turn, size),
+        "starts_ptr": waves.starts(past.turn, first=tiling.num_sinks, stride=size, count=max(1, tiling.num_tiles)),
+        "key_means_ptr": absent if past.keys.means is None else past.keys.means.contiguous(),
+    }

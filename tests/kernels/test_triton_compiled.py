@@ -14,7 +14,7 @@ from kvlens.kernels.packed_attend import triton as packed_attend
 from kvlens.kernels.packed_attend.tiling import tiling_of
 from kvlens.kernels.pursuit import triton as pursuit
 from kvlens.kernels.quantize_pack import triton as quantize_pack
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide
 from kvlens.kernels.sparse_attend import triton as sparse_attend
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -60,22 +60,33 @@ def test_attention_compiles_for_every_layout(shape):
 
 
 def empty_sparse_inputs(
-    layout: SparseLayout, num_query_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    layout: SparseLayout,
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    turned_channels: int = 0,
 ) -> tuple[torch.Tensor, SparsePast, ExactTokens]:
-    """Tensors of the shapes, strides and dtypes that a launch of batch 1 has. Their contents are not set."""
+    """Tensors of the shapes, strides and dtypes that a launch of batch 1 has. Their contents are not set.
+
+    Turned keys, and values with them, have means.
+    """
+    means = torch.empty(num_kv_heads, head_dim) if turned_channels else None
 
     def side(atoms: int, parts: int) -> SparseSide:
         slots = (8, num_kv_heads, parts * atoms, layout.page_tokens)
         sizes = (*slots[:2], layout.page_tokens) if layout.is_packed else slots
         coefficients = torch.empty(sizes, dtype=torch.float16)
-        return SparseSide(torch.empty(slots, dtype=torch.int16), coefficients, torch.empty(1024, head_dim // parts))
+        dictionary = torch.empty(1024, head_dim // parts)
+        return SparseSide(torch.empty(slots, dtype=torch.int16), coefficients, dictionary, means)
 
     table, count, length = (torch.empty(size, dtype=torch.int32) for size in ((1, 8), 1, 1))
     keys, values = side(layout.key_atoms, 1), side(layout.value_atoms, layout.value_parts)
     ring, sinks = (torch.empty(1, num_kv_heads, size, head_dim, dtype=dtype) for size in (128, 4))
     exact = ExactTokens(ring, ring, sinks, sinks, length)
     query = torch.empty(1, num_query_heads, head_dim, dtype=dtype)
-    return query, SparsePast(layout, keys, values, table, count), exact
+    turn = KeyTurn(torch.ones(turned_channels // 2)) if turned_channels else None
+    return query, SparsePast(layout, keys, values, table, count, turn), exact
 
 
 SPARSE_TO_COMPILE = [
@@ -84,6 +95,12 @@ SPARSE_TO_COMPILE = [
     (90, SparseLayout(64, 4, 4), 4, 2, 64, torch.float32),
     (90, SparseLayout(48, 7, 3, 2), 14, 1, 96, torch.float16),
     *((arch, SparseLayout(128, 8, 8), 32, heads, 128, torch.bfloat16) for arch in (80, 120) for heads in (8, 32)),
+    *(
+        (arch, SparseLayout(64, 7, 7), 32, heads, 128, torch.bfloat16, 128)
+        for arch in (80, 90, 120)
+        for heads in (8, 32)
+    ),
+    (90, SparseLayout(64, 4, 2, 2, 16), 16, 1, 96, torch.float16, 64),
 ]
 
 
