@@ -4,6 +4,8 @@ import csv
 
 import pytest
 
+from kvlens.engine.throughput import TIMED_STEPS
+
 STATE = "KVLens.lab.latest && KVLens.lab.latest.state"
 WHITE_BLOCKS = """() => [...document.querySelectorAll('.kv-lab *')].filter((node) => {
     const box = node.getBoundingClientRect(), colour = getComputedStyle(node).backgroundColor;
@@ -79,7 +81,7 @@ def test_quantities_contexts_and_the_table_follow_the_buttons(lab):
     rows = page.locator(".kv-lab-table tr").all_inner_texts()
     assert len(rows) == 1 + len(found)
     page.click("text=How this is measured")
-    assert "100 counted" in page.locator(".kv-lab-details").last.inner_text()
+    assert f"up to {TIMED_STEPS} counted" in page.locator(".kv-lab-details").last.inner_text()
 
 
 def test_the_file_says_what_was_measured(lab, tmp_path):
