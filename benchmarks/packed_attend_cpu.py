@@ -34,7 +34,7 @@ from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.packed_attend import reference as packed_reference
 from kvlens.kernels.packed_attend.cpu import packed_attend
 from kvlens.kernels.quantize_pack import Packed
-from kvlens.kernels.sparse_attend import SparseLayout, SparsePast, SparseSide
+from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide
 from kvlens.kernels.sparse_attend import reference as sparse_reference
 from kvlens.kernels.sparse_attend.cpu import sparse_attend
 
@@ -66,9 +66,14 @@ class Kivi:
 
 @dataclass(frozen=True)
 class Csr:
-    """`atoms` a key and, over all its parts, a value; coefficients of 6 bits in the word, or fp16 apart."""
+    """`atoms` a key and, over all its parts, a value; coefficients of 6 bits in the word, or fp16 apart.
 
+    `is_before_rope`: keys are restored and turned; else their scores are looked up.
+    """
+
+    label: str
     atoms: int
+    is_before_rope: bool = False
     value_parts: int = 1
     coefficient_bits: int = 6
     num_atoms: int = 1024
@@ -76,12 +81,19 @@ class Csr:
 
     @property
     def name(self) -> str:
-        return f"CSR-{self.atoms} N={self.num_atoms}" + (" fp16" if self.coefficient_bits == 16 else "")
+        return f"CSR {self.label}, s={self.atoms}"
 
     @property
     def vector_bytes(self) -> int:
         """Of a coded key or value: a word an atom and a scale, or a word and a coefficient an atom."""
         return 4 * self.atoms if self.coefficient_bits == 16 else 2 * self.atoms + 2
+
+
+CSR_FORMS = (
+    Csr("compact", 7, is_before_rope=True),
+    Csr("look-up", 7),
+    Csr("paper", 8, is_before_rope=True, value_parts=2, coefficient_bits=16),
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,10 @@ def sparse_contender(shape: Shape, tokens: int, csr: Csr, total_bytes: int) -> C
     cache = _Window(shape, tokens, csr.residual_tokens, csr.vector_bytes, total_bytes, dictionary_bytes)
     slots = (cache.num_pages, heads, csr.atoms, PAGE_TOKENS)
 
+    # The paper's form has no means.
+    means = torch.randn(heads, dim) if csr.is_before_rope and csr.coefficient_bits == 6 else None
+    turn = KeyTurn(10_000.0 ** (-torch.arange(dim // 2) / (dim // 2))) if csr.is_before_rope else None
+
     def sides(width: int) -> list[SparseSide]:
         words = torch.empty(slots, dtype=torch.int16).random_(csr.num_atoms)
         if csr.coefficient_bits == 6:
@@ -168,11 +184,11 @@ def sparse_contender(shape: Shape, tokens: int, csr: Csr, total_bytes: int) -> C
         sizes = slots if csr.coefficient_bits == 16 else (*slots[:2], PAGE_TOKENS)
         coefficients = torch.empty(sizes).uniform_(0.1, 1.0).half()
         dictionaries = F.normalize(torch.empty(cache.num_layers, csr.num_atoms, width).normal_(), dim=-1)
-        return [SparseSide(words, coefficients, dictionary) for dictionary in dictionaries]
+        return [SparseSide(words, coefficients, dictionary, means) for dictionary in dictionaries]
 
     layout = SparseLayout(PAGE_TOKENS, csr.atoms, csr.atoms // parts, parts, csr.coefficient_bits)
     pasts = [
-        SparsePast(layout, keys, values, table, cache.count)
+        SparsePast(layout, keys, values, table, cache.count, turn)
         for keys, values, table in zip(sides(dim), sides(dim // parts), cache.tables, strict=True)
     ]
     return cache.contender(csr.name, sparse_attend, sparse_reference.sparse_attend, pasts)
@@ -239,7 +255,7 @@ def measure(shape_name: str, tokens: int, rounds: int, total_bytes: int) -> list
     num_dense = len(contenders)
     for kivi in (Kivi(2), Kivi(4), Kivi(2, residual_tokens=32)):
         contenders.append(packed_contender(shape, tokens, kivi, total_bytes))
-    for csr in (Csr(4), Csr(8), Csr(8, value_parts=2, coefficient_bits=16)):
+    for csr in CSR_FORMS:
         contenders.append(sparse_contender(shape, tokens, csr, total_bytes))
     times = time_layers(contenders, rounds)
     best_median = min(statistics.median(kept) for kept in times[:num_dense])
