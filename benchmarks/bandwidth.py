@@ -1,6 +1,6 @@
 """How fast this machine reads memory: the ceiling of every decode step that is bound by bytes.
 
-    python -m benchmarks.bandwidth
+python -m benchmarks.bandwidth
 """
 
 import statistics
