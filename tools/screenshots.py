@@ -112,8 +112,7 @@ def main() -> None:
         page = open_page(browser, address, size=DESKTOP, theme="dark")
         page.get_by_role("tab", name="Throughput").click()
         page.click(".kv-lab-go")
-        page.wait_for_selector(".kv-lab-plot .main-svg")
-        page.wait_for_function("!document.querySelector('.kv-lab-go').disabled", timeout=300_000)
+        page.wait_for_function("KVLens.lab.latest && KVLens.lab.latest.state === 'done'", timeout=300_000)
         shoot(page, "throughput-dark", folder, full_page=True)
 
         page = open_page(browser, address, size=PHONE, theme="light", query=quick)
