@@ -67,6 +67,14 @@ class PagedCache(KVCache):
     def _unpack(self, layer: int, row: int, side: int, first: int, stop: int) -> torch.Tensor:
         """Packed keys or values first..stop-1, in fp32, as attention sees them. Shapes: `[HK, stop - first, D]`."""
 
+    @abstractmethod
+    def _attend_pages(self, layer: int, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        """Attention over pages and exact tokens in one call. Shapes: `[B, HQ, D]` → `[B, HQ, D]`."""
+
+    def _reads_pages(self, layer: int) -> bool:
+        """Whether a step may call `_attend_pages`: kernels take the first tokens for sinks, so all must be there."""
+        return min(self.lengths[layer]) >= self.config.num_sinks
+
     # ------------------------------------------------------------------ storing
 
     def reserve(self, num_tokens: int) -> None:
@@ -97,6 +105,19 @@ class PagedCache(KVCache):
                 self._pack_and_observe(layer, row, side, packed, exact[:, : due - packed].to(self.dtype))
             ring.write(row, self.config.num_sinks + due, exact[:, due - packed :])
         self._set_lengths(layer, row, after)
+
+    def step(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        if not self._reads_pages(layer):
+            return super().step(layer, query, keys, values, scaling=scaling)
+        self._write_window(layer, keys, values)
+        output = self._attend_pages(layer, query, scaling=scaling)
+        lengths = self.lengths[layer]
+        for row in range(self.num_rows):
+            lengths[row] += 1
+            self._flush(layer, row, lengths[row])
+        return output
 
     def _flush(self, layer: int, row: int, after: int) -> None:
         """Pack what the step to `after` tokens has pushed out of the exact window."""

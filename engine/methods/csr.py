@@ -258,22 +258,12 @@ class CsrCache(PagedCache):
         codes = self._coders[side].encode(layer, row, tokens, self.config.num_sinks + packed)
         self._pages[side].write(self._table.pool, self._table.of(layer, row), packed, codes)
 
-    def step(
-        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
-    ) -> torch.Tensor:
-        lengths = self.lengths[layer]
-        if not self._reads_codes or min(lengths) < self.config.num_sinks:
-            return super().step(layer, query, keys, values, scaling=scaling)
-        self._write_window(layer, keys, values)
-        output = sparse_attend(query, self._past(layer), self._exact(layer), scaling=scaling).output
-        for row in range(self.num_rows):
-            lengths[row] += 1
-            self._flush(layer, row, lengths[row])
-        return output
+    def _attend_pages(self, layer: int, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        return sparse_attend(query, self._past(layer), self._exact(layer), scaling=scaling).output
 
     def step_key(self) -> Hashable | None:
         is_whole = self.shape.head_dim // self.config.value_parts % CHANNELS == 0
-        has_tasks = self._reads_codes and is_whole and min(self.lengths[0]) >= self.config.num_sinks
+        has_tasks = self._reads_pages(0) and is_whole
         return self._num_allocations if has_tasks else None
 
     def step_tasks(
@@ -320,6 +310,9 @@ class CsrCache(PagedCache):
         """What attention turns keys by that are coded before RoPE."""
         turn = None if self.config.is_after_rope else self.facts.rotary.turn
         return turn and KeyTurn(turn.inverse_frequencies.to(self.device), turn.scale)
+
+    def _reads_pages(self, layer: int) -> bool:
+        return self._reads_codes and super()._reads_pages(layer)
 
     @property
     def _reads_codes(self) -> bool:

@@ -184,18 +184,8 @@ class KiviCache(PagedCache):
             store[pages[page], :, slot : slot + room] = codes[:, done : done + room]
             done += room
 
-    def step(
-        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
-    ) -> torch.Tensor:
-        lengths = self.lengths[layer]
-        if min(lengths) < self.config.num_sinks:
-            return super().step(layer, query, keys, values, scaling=scaling)
-        self._write_window(layer, keys, values)
-        output = packed_attend(query, *self._stored(layer), scaling=scaling).output
-        for row in range(self.num_rows):
-            lengths[row] += 1
-            self._flush(layer, row, lengths[row])
-        return output
+    def _attend_pages(self, layer: int, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        return packed_attend(query, *self._stored(layer), scaling=scaling).output
 
     def _stored(self, layer: int) -> tuple[PackedPast, ExactTokens]:
         """A layer as the kernels take it."""
@@ -211,7 +201,7 @@ class KiviCache(PagedCache):
         return past, self._exact(layer)
 
     def step_key(self) -> Hashable | None:
-        if min(self.lengths[0]) < self.config.num_sinks:
+        if not self._reads_pages(0):
             return None
         for row, length in enumerate(self.lengths[0]):
             self._due_values[row] = self.config.num_packed_values(length + 1)
