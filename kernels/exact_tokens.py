@@ -3,6 +3,7 @@
 This module does not know how the other tokens are stored.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,23 @@ class Attended:
 
     output: torch.Tensor
     log_sum_exp: torch.Tensor
+
+
+class KnownShapes:
+    """Combinations of shapes that were found to fit: decode asks the same question at every step."""
+
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._known: set[tuple] = set()
+
+    def check(self, shapes: tuple, compare: Callable[[], None]) -> None:
+        """Run `compare`, which raises where they do not fit, unless `shapes` are known. Shapes that fit are kept."""
+        if shapes not in self._known:
+            compare()
+            if len(self._known) > self._MOST:
+                self._known.clear()
+            self._known.add(shapes)
 
 
 def check_exact(query: torch.Tensor, exact: ExactTokens) -> None:

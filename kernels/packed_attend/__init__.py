@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlens.kernels import dispatch
-from kvlens.kernels.exact_tokens import Attended, ExactTokens, check_exact, check_shape
+from kvlens.kernels.exact_tokens import Attended, ExactTokens, KnownShapes, check_exact, check_shape
 from kvlens.kernels.quantize_pack import Packed
 
 __all__ = ["Attended", "ExactTokens", "PackedPast", "PageLayout", "packed_attend"]
@@ -66,21 +66,16 @@ def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, 
     return module.packed_attend(query, past, exact, scaling=scaling)
 
 
-_known_to_fit: set[tuple] = set()
+_known_to_fit = KnownShapes()
 
 
 def _check(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
-    """Shapes are compared once for each combination: decode asks the same question at every step."""
     shapes = (
         past.layout, query.shape, exact.keys.shape, exact.values.shape, exact.sink_keys.shape,
         exact.sink_values.shape, exact.length.shape, past.num_keys.shape, past.num_values.shape,
         past.page_table.shape, past.keys.codes.shape, past.values.codes.shape,
     )  # fmt: skip
-    if shapes not in _known_to_fit:
-        _compare(query, past, exact)
-        if len(_known_to_fit) > 10_000:
-            _known_to_fit.clear()
-        _known_to_fit.add(shapes)
+    _known_to_fit.check(shapes, lambda: _compare(query, past, exact))
 
 
 def _compare(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from kvlens.kernels import dispatch
-from kvlens.kernels.exact_tokens import Attended, ExactTokens, check_exact, check_shape
+from kvlens.kernels.exact_tokens import Attended, ExactTokens, KnownShapes, check_exact, check_shape
 
 __all__ = ["Attended", "ExactTokens", "KeyTurn", "SparseLayout", "SparsePast", "SparseSide", "sparse_attend"]
 
@@ -129,11 +129,10 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
     return module.sparse_attend(query, past, exact, scaling=scaling)
 
 
-_known_to_fit: set[tuple] = set()
+_known_to_fit = KnownShapes()
 
 
 def _check(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> None:
-    """Shapes are compared once for each combination: decode asks the same question at every step."""
     shapes = (
         past.layout, query.shape, exact.keys.shape, exact.values.shape, exact.sink_keys.shape,
         exact.sink_values.shape, exact.length.shape, past.num_tokens.shape, past.page_table.shape,
@@ -141,11 +140,7 @@ def _check(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> None:
         *(None if means is None else means.shape for means in (past.keys.means, past.values.means)),
         None if past.turn is None else past.turn.inverse_frequencies.shape,
     )  # fmt: skip
-    if shapes not in _known_to_fit:
-        _compare(query, past, exact)
-        if len(_known_to_fit) > 10_000:
-            _known_to_fit.clear()
-        _known_to_fit.add(shapes)
+    _known_to_fit.check(shapes, lambda: _compare(query, past, exact))
 
 
 def _compare(query: torch.Tensor, past: SparsePast, exact: ExactTokens) -> None:

@@ -1,7 +1,5 @@
 """Packed attention against its definition, on everything that a cache can look like."""
 
-import threading
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -12,6 +10,7 @@ from cases import (
     attend_cases,
     build_attend,
 )
+from concurrency import failures_of
 from hypothesis import HealthCheck, given, settings
 
 from kvlens.kernels import packed_attend as operation
@@ -133,21 +132,7 @@ def test_concurrent_calls_do_not_mix(implementation):
     case = AttendCase("concurrent", (1500, 900), (1408, 896), (1400, 800), head_dim=128)
     inputs = [build_attend(case, seed=seed) for seed in range(4)]
     expected = [run(reference.packed_attend, each) for each in inputs]
-    failures = []
-
-    def work(index):
-        try:
-            for _ in range(25):
-                assert_close(run(packed_attend, inputs[index]), expected[index])
-        except AssertionError as error:
-            failures.append(error)
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    assert not failures_of(lambda each, want: assert_close(run(packed_attend, each), want), inputs, expected)
 
 
 def test_shapes_that_do_not_belong_together_are_named():

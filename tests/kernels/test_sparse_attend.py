@@ -1,6 +1,5 @@
 """Attention over sparse codes against its definition, on everything that a cache can look like."""
 
-import threading
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -8,6 +7,7 @@ import pytest
 import torch
 from any_layout import any_sparse_case
 from cases import LOG_SUM_EXP_TOLERANCE, OUTPUT_TOLERANCES
+from concurrency import failures_of
 from hypothesis import HealthCheck, given, settings
 from sparse_cases import SparseCase, build_sparse, sparse_cases
 
@@ -126,21 +126,7 @@ def test_concurrent_calls_do_not_mix(implementation):
     case = SparseCase("concurrent", (1500, 900), (1408, 800), head_dim=128)
     inputs = [build_sparse(case, seed=seed) for seed in range(4)]
     expected = [run(reference.sparse_attend, each) for each in inputs]
-    failures = []
-
-    def work(index):
-        try:
-            for _ in range(25):
-                assert_close(run(sparse_attend, inputs[index]), expected[index])
-        except AssertionError as error:
-            failures.append(error)
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not failures
+    assert not failures_of(lambda each, want: assert_close(run(sparse_attend, each), want), inputs, expected)
 
 
 def test_shapes_that_do_not_belong_together_are_named():
