@@ -29,6 +29,7 @@ from kvlens.engine.facts import Facts
 from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
 from kvlens.engine.layer import LayerHandle, TransformersCache
 from kvlens.engine.probe import ErrorProbe
+from kvlens.engine.prompt import WaitingPrompt
 from kvlens.engine.segments import TILE_TOKENS, Tile, attend_exact, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
 
@@ -84,7 +85,7 @@ class KVCache(TransformersCache, ABC):
         self.probe: ErrorProbe | None = None
         self.lengths = [[0] * batch_size for _ in range(shape.num_layers)]
         self._seen = [0] * shape.num_layers
-        self._pending: list[list[list[Tile]]] = self._no_pending()
+        self._waiting = self._no_prompt()
         self._is_in_prefill = False
         self._taken_bytes = 0
         self._checkpoint_bytes = 0
@@ -227,7 +228,7 @@ class KVCache(TransformersCache, ABC):
         if keys.shape[0] != self.num_rows:
             raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {keys.shape[0]}")
         self._seen[layer] += keys.shape[2]
-        self._wait_for_end(layer, Tile(keys, values))
+        self._waiting.add_batch(layer, keys, values)
 
     @property
     def is_in_prefill(self) -> bool:
@@ -244,7 +245,7 @@ class KVCache(TransformersCache, ABC):
         try:
             yield
         except BaseException:
-            self._pending, self._seen = self._no_pending(), seen
+            self._waiting, self._seen = self._no_prompt(), seen
             raise
         else:
             self.end_prefill()
@@ -258,7 +259,7 @@ class KVCache(TransformersCache, ABC):
 
     def checkpoint(self) -> Checkpoint:
         """This moment, to come back to with `rollback`. Raises: EngineError in the middle of a prompt."""
-        if any(any(rows) for rows in self._pending):
+        if self._waiting.waits():
             raise EngineError("a checkpoint cannot be taken in the middle of a prompt; call end_prefill() first")
         saved = self.save()
         num_bytes = storage_bytes(_tensors_in(saved))
@@ -268,7 +269,7 @@ class KVCache(TransformersCache, ABC):
 
     def rollback(self, checkpoint: Checkpoint) -> None:
         """Return to `checkpoint`; it stays valid and may be used again."""
-        self._pending = self._no_pending()
+        self._waiting = self._no_prompt()
         self.restore(checkpoint.saved, checkpoint.lengths)
         self.lengths = [list(checkpoint.lengths) for _ in range(self.shape.num_layers)]
         self._seen = [checkpoint.seen_tokens] * self.shape.num_layers
@@ -284,7 +285,7 @@ class KVCache(TransformersCache, ABC):
         self.release()
         self.lengths = [[0] * self.num_rows for _ in range(self.shape.num_layers)]
         self._seen = [0] * self.shape.num_layers
-        self._pending = self._no_pending()
+        self._waiting = self._no_prompt()
         self._checkpoint_bytes = 0
         self.probe = None
         self.budget.give(self._taken_bytes)
@@ -298,18 +299,17 @@ class KVCache(TransformersCache, ABC):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens stored or pending in the first layer, over all sequences."""
-        pending = sum(tile.keys.shape[1] for row in self._pending[0] for tile in row)
-        return sum(self.lengths[0]) + pending
+        """Tokens stored or waiting in the first layer, over all sequences."""
+        return sum(self.lengths[0]) + sum(self._waiting.lengths(0))
 
     def footprint(self) -> Footprint:
         """Bytes by part from the real tensors. Prompt tokens that are still exact count as window."""
         parts = self.parts()
-        pending = [tile for rows in self._pending for tiles in rows for tile in tiles]
-        if pending:
-            exact = sum(tile.keys.numel() + tile.values.numel() for tile in pending)
+        waiting = list(self._waiting.tensors())
+        if waiting:
+            exact = sum(tensor.numel() for tensor in waiting)
             parts["window"] = parts.get("window", 0) + exact * self.dtype.itemsize
-        held = [*self.tensors(), *(side for tile in pending for side in (tile.keys, tile.values))]
+        held = [*self.tensors(), *waiting]
         probe_bytes = 0 if self.probe is None else self.probe.nbytes
         return Footprint(
             self.num_tokens, parts, storage_bytes(held), self._checkpoint_bytes, probe_bytes, self.shared_bytes
@@ -346,21 +346,15 @@ class KVCache(TransformersCache, ABC):
 
     # ------------------------------------------------------------------ inside
 
-    def _no_pending(self) -> list[list[list[Tile]]]:
-        return [[[] for _ in range(self.num_rows)] for _ in range(self.shape.num_layers)]
-
-    def _wait_for_end(self, layer: int, fresh: Tile) -> None:
-        """Keep exact prompt tokens of all rows until `end_prefill`. Shapes: `[B, HK, T, D]`."""
-        for row in range(self.num_rows):
-            self._pending[layer][row].append(Tile(fresh.keys[row], fresh.values[row]))
+    def _no_prompt(self) -> WaitingPrompt:
+        return WaitingPrompt(self.shape.num_layers, self.num_rows)
 
     def _attend_prompt(
         self, layer: int, query: torch.Tensor, fresh: Tile, valid: torch.Tensor | None, *, scaling: float
     ) -> torch.Tensor:
-        pending = self._pending[layer]
-        is_first = not any(self.lengths[layer]) and not any(pending)
+        is_first = not any(self.lengths[layer]) and not self._waiting.waits(layer)
         if valid is None and is_first:
-            self._wait_for_end(layer, fresh)
+            self._waiting.add_batch(layer, fresh.keys, fresh.values)
             return scaled_dot_product_attention(
                 query, fresh.keys, fresh.values, is_causal=query.shape[2] > 1, scale=scaling,
                 enable_gqa=self.shape.num_query_heads != self.shape.num_kv_heads,
@@ -370,12 +364,12 @@ class KVCache(TransformersCache, ABC):
             kept = slice(None) if valid is None else valid[row].nonzero().squeeze(-1)
             tile = Tile(fresh.keys[row, :, kept], fresh.values[row, :, kept])
             if tile.keys.shape[1]:
-                pending[row].append(tile)
-                asked = query[row, :, kept]
+                self._waiting.add(layer, row, tile)
+                asked, exact = query[row, :, kept], self._waiting.of(layer, row)
                 output[row, :, kept] = (
-                    self._attend_past(layer, row, asked, pending[row], scaling=scaling)
+                    self._attend_past(layer, row, asked, exact, scaling=scaling)
                     if self.lengths[layer][row]
-                    else attend_exact(asked, pending[row], scaling=scaling)
+                    else attend_exact(asked, exact, scaling=scaling)
                 )
         return output
 
@@ -392,23 +386,15 @@ class KVCache(TransformersCache, ABC):
         return merge_all(partials).output.to(query.dtype)
 
     def _end_prefill(self, layer: int) -> None:
-        pending = self._pending[layer]
-        if not any(pending):
+        if not self._waiting.waits(layer):
             return
-        self.reserve(
-            max(
-                length + sum(tile.keys.shape[1] for tile in tiles)
-                for length, tiles in zip(self.lengths[layer], pending, strict=True)
-            )
-        )
-        for row, tiles in enumerate(pending):
-            if not tiles:
-                continue
-            keys = torch.cat([tile.keys for tile in tiles], dim=1)
-            values = torch.cat([tile.values for tile in tiles], dim=1)
-            self.store(layer, row, keys, values)
-            self.lengths[layer][row] += keys.shape[1]
-        self._pending[layer] = [[] for _ in range(self.num_rows)]
+        waiting = self._waiting.lengths(layer)
+        self.reserve(max(length + more for length, more in zip(self.lengths[layer], waiting, strict=True)))
+        for row, count in enumerate(waiting):
+            if count:
+                tile = self._waiting.take(layer, row)
+                self.store(layer, row, tile.keys, tile.values)
+                self.lengths[layer][row] += count
 
 
 def _tensors_in(saved: Any) -> Iterator[torch.Tensor]:
