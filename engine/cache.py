@@ -32,6 +32,7 @@ from kvlens.engine.probe import ErrorProbe
 from kvlens.engine.prompt import WaitingPrompt
 from kvlens.engine.segments import TILE_TOKENS, Tile, attend_exact, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
+from kvlens.kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class KVCache(TransformersCache, ABC):
         self._seen = [0] * shape.num_layers
         self._waiting = self._no_prompt()
         self._is_in_prefill = False
+        self._is_on_device = False
         self._taken_bytes = 0
         self._checkpoint_bytes = 0
         self._num_allocations = 0
@@ -144,7 +146,10 @@ class KVCache(TransformersCache, ABC):
         return output
 
     def step_key(self) -> Hashable | None:
-        """Names the tensors that `step_tasks` would use now; None where the next step has no tasks."""
+        """Names the tensors that a prepared step would use now; None where the next step cannot be prepared.
+
+        Steps are prepared as `step_tasks` on a CPU, and as a graph of `step_on_device` on a GPU.
+        """
         return None
 
     def step_tasks(
@@ -154,6 +159,15 @@ class KVCache(TransformersCache, ABC):
         """`step` as tasks of a native program (`kernels/native/program.py`), from and to these fp32 tensors."""
         raise NotImplementedError(f"{self.name} gives a step_key() and has no step_tasks()")
 
+    def step_on_device(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        """`step` by what lies on the device alone, whose lengths already count the new token.
+
+        It reads and changes nothing of the host, so that a graph of it may be run again and again.
+        """
+        raise NotImplementedError(f"{self.name} gives a step_key() on a GPU and has no step_on_device()")
+
     def view(self, layer: int, head: int, row: int = 0) -> CacheView:
         """One head as attention sees it, as numpy arrays."""
         tile = self.rebuild(layer, row, 0, self.lengths[layer][row])
@@ -162,6 +176,16 @@ class KVCache(TransformersCache, ABC):
     def coded_vectors(self, layer: int, side: int, row: int = 0) -> CodedVectors | None:
         """The coded keys (side 0) or values of a layer as sums of atoms; None for a method without sparse codes."""
         return None
+
+    @property
+    def steps_on_device(self) -> bool:
+        """Whether a prepared step is a graph of `step_on_device`: where Triton kernels run."""
+        return dispatch.runs_triton("append_pack", self.device)
+
+    @property
+    def device_lengths(self) -> torch.Tensor:
+        """Tokens of each sequence by layer, as kernels read them. Shapes: int32 `[L, B]`."""
+        raise NotImplementedError(f"{self.name} keeps no lengths on the device")
 
     @property
     def shared_bytes(self) -> int:
@@ -194,6 +218,9 @@ class KVCache(TransformersCache, ABC):
         if query.shape[0] != self.num_rows:
             raise ValueError(f"the cache holds {self.num_rows} sequences; got a batch of {query.shape[0]}")
         num_tokens = query.shape[2]
+        if self._is_on_device:
+            output = self.step_on_device(layer, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scaling=scaling)
+            return output.unsqueeze(2)
         self._seen[layer] += num_tokens
         if num_tokens == 1 and not self._is_in_prefill:
             self._end_prefill(layer)
@@ -206,17 +233,33 @@ class KVCache(TransformersCache, ABC):
         return self._attend_prompt(layer, query, Tile(keys, values), valid, scaling=scaling)
 
     def begin_step(self) -> Hashable | None:
-        """One token of each sequence comes next, in every layer: by `step`, or by tasks if this gives a key.
+        """One token of each sequence comes next, in every layer: by `step`, or prepared if this gives a key.
 
-        The tasks built for a key may be run again as long as the key stays the same; `end_tasks` follows them.
+        What was prepared for a key, tasks or a graph of `step_on_device`, may be run again as long as the key
+        stays the same; `end_tasks` follows it.
         """
+        key = self.next_step_key()
+        self._seen = [seen + 1 for seen in self._seen]
+        return key
+
+    def next_step_key(self) -> Hashable | None:
+        """What `begin_step` would give now, without beginning a step."""
         self.end_prefill()
         self.reserve(max(self.lengths[0]) + 1)
-        self._seen = [seen + 1 for seen in self._seen]
         return self.step_key()
 
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it a token of each sequence is counted on the device, and `attend` is `step_on_device`."""
+        self.device_lengths.add_(1)
+        self._is_on_device = True
+        try:
+            yield
+        finally:
+            self._is_on_device = False
+
     def end_tasks(self) -> None:
-        """Tasks of every layer have run: bring up to date what the host knows."""
+        """A prepared step has run: bring up to date what the host knows."""
         for lengths in self.lengths:
             lengths[:] = [length + 1 for length in lengths]
 

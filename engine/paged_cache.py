@@ -6,7 +6,8 @@ function of the length: bytes are a formula, and going back is cutting lists.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -16,7 +17,9 @@ from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.segments import Tile
 from kvlens.engine.storage import ExactWindow, PagePool, PageTable, around, exact_since
+from kvlens.kernels.append_pack import FlushRule, append_pack
 from kvlens.kernels.exact_tokens import ExactTokens
+from kvlens.kernels.packed_attend import PackedPast
 
 
 class PagedConfig(MethodConfig):
@@ -24,17 +27,14 @@ class PagedConfig(MethodConfig):
 
     num_sinks: int
 
-    def num_packed_keys(self, num_tokens: int) -> int:
-        """How many keys of `num_tokens` tokens are packed."""
-        raise NotImplementedError
-
-    def num_packed_values(self, num_tokens: int) -> int:
-        """How many values of `num_tokens` tokens are packed."""
+    @cached_property
+    def flush_rule(self) -> FlushRule:
+        """When a token leaves the exact window."""
         raise NotImplementedError
 
     def num_packed(self, side: int, num_tokens: int) -> int:
-        """The same for keys (side 0) or values (side 1)."""
-        return self.num_packed_values(num_tokens) if side else self.num_packed_keys(num_tokens)
+        """How many keys (side 0) or values (side 1) of `num_tokens` tokens are packed."""
+        return self.flush_rule.packed(side, num_tokens)
 
 
 class PagedCache(KVCache):
@@ -58,6 +58,8 @@ class PagedCache(KVCache):
         self._page_tokens = page_tokens
         self._capacities = {"key_capacity": key_capacity, "value_capacity": value_capacity}
         self._layers: list[ExactWindow] = []
+        self._counts = torch.empty(0)
+        self._counts_lag = False
 
     @abstractmethod
     def _pack(self, layer: int, row: int, side: int, packed: int, tokens: torch.Tensor) -> None:
@@ -71,6 +73,10 @@ class PagedCache(KVCache):
     def _attend_pages(self, layer: int, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
         """Attention over pages and exact tokens in one call. Shapes: `[B, HQ, D]` → `[B, HQ, D]`."""
 
+    def _packs_on_device(self, layer: int) -> PackedPast | None:
+        """Where `append_pack` packs what is due in a step on the device; None where the host has it packed."""
+        return None
+
     def _reads_pages(self, layer: int) -> bool:
         """Whether a step may call `_attend_pages`: kernels take the first tokens for sinks, so all must be there."""
         return min(self.lengths[layer]) >= self.config.num_sinks
@@ -79,17 +85,19 @@ class PagedCache(KVCache):
 
     def reserve(self, num_tokens: int) -> None:
         if not self._layers:
+            self._counts = self.allocate(3, self.shape.num_layers, self.num_rows, dtype=torch.int32).zero_()
             self._layers = [
                 ExactWindow(
                     self.num_rows,
                     self.shape.num_kv_heads,
                     self.shape.head_dim,
                     num_sinks=self.config.num_sinks,
+                    counts=self._counts[:, layer],
                     dtype=self.dtype,
                     allocate=self.allocate,
                     **self._capacities,
                 )
-                for _ in range(self.shape.num_layers)
+                for layer in range(self.shape.num_layers)
             ]
         self._table.reserve(self._num_pages(num_tokens))
 
@@ -111,6 +119,7 @@ class PagedCache(KVCache):
     ) -> torch.Tensor:
         if not self._reads_pages(layer):
             return super().step(layer, query, keys, values, scaling=scaling)
+        self._settle_counts()
         self._write_window(layer, keys, values)
         output = self._attend_pages(layer, query, scaling=scaling)
         lengths = self.lengths[layer]
@@ -118,6 +127,38 @@ class PagedCache(KVCache):
             lengths[row] += 1
             self._flush(layer, row, lengths[row])
         return output
+
+    def step_on_device(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        append_pack(keys, values, self._exact(layer), self.config.flush_rule, self._packs_on_device(layer))
+        return self._attend_pages(layer, query, scaling=scaling)
+
+    def begin_step(self) -> Hashable | None:
+        """On the device a step takes the pages that it needs from the table."""
+        key = super().begin_step()
+        if key is not None and self.steps_on_device:
+            for row, length in enumerate(self.lengths[0]):
+                self._table.extend(row, self._num_pages(length + 1))
+        return key
+
+    def end_tasks(self) -> None:
+        super().end_tasks()
+        self._counts_lag = self.steps_on_device
+
+    def _settle_counts(self) -> None:
+        """A step on the device leaves the counts as its attention read them: one token behind."""
+        if not self._counts_lag:
+            return
+        self._counts_lag = False
+        packed = [
+            [[self.config.num_packed(side, length) for length in rows] for rows in self.lengths] for side in range(2)
+        ]
+        self._counts[1:] = torch.tensor(packed, dtype=torch.int32)
+
+    @property
+    def device_lengths(self) -> torch.Tensor:
+        return self._counts[0]
 
     def _flush(self, layer: int, row: int, after: int) -> None:
         """Pack what the step to `after` tokens has pushed out of the exact window."""
@@ -185,7 +226,7 @@ class PagedCache(KVCache):
                 live["tables"] += (len(self._table.of(layer, row)) + 3) * 4
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from (*self._table.pool.tensors.values(), self._table.tensor)
+        yield from (*self._table.pool.tensors.values(), self._table.tensor, self._counts)
         for state in self._layers:
             yield from state.tensors()
 
@@ -207,6 +248,7 @@ class PagedCache(KVCache):
         ]
 
     def restore(self, saved: Any, lengths: list[int]) -> None:
+        self._counts_lag = False
         for layer, rows in enumerate(saved):
             state = self._layers[layer]
             for row, window in enumerate(rows):
@@ -217,7 +259,7 @@ class PagedCache(KVCache):
 
     def release(self) -> None:
         self._table.release()
-        self._layers = []
+        self._layers, self._counts, self._counts_lag = [], torch.empty(0), False
 
     # ------------------------------------------------------------------ inside
 

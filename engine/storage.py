@@ -105,6 +105,17 @@ class PageTable:
         pages.extend(fresh)
         return fresh
 
+    def extend(self, row: int, num_pages: int) -> None:
+        """Pages for a sequence in every layer until it has `num_pages` in each; written to the device at once."""
+        layers = [pages[row] for pages in self._pages]
+        held = len(layers[0])
+        if num_pages <= held:
+            return
+        fresh = [self.pool.take(num_pages - held) for _ in layers]
+        self.tensor[:, row, held:num_pages] = torch.tensor(fresh, dtype=torch.int32)
+        for pages, more in zip(layers, fresh, strict=True):
+            pages.extend(more)
+
     def cut(self, layer: int, row: int, kept: int) -> None:
         """Give back all but the first `kept` pages of a sequence."""
         pages = self._pages[layer][row]
@@ -178,8 +189,8 @@ def around(
 class ExactWindow:
     """The exact tokens of one layer: the first `num_sinks` for ever, and rings of the newest.
 
-    Shapes: sink_keys, sink_values `[B, HK, S, D]`; length, num_keys, num_values int32 `[B]` on the device:
-    tokens in all, and how many of them are packed elsewhere.
+    Shapes: sink_keys, sink_values `[B, HK, S, D]`; counts int32 `[3, B]` on the device, which the owner keeps for all
+    layers: length, num_keys and num_values, tokens in all and how many of them are packed elsewhere.
     """
 
     def __init__(
@@ -191,6 +202,7 @@ class ExactWindow:
         key_capacity: int,
         value_capacity: int,
         num_sinks: int,
+        counts: torch.Tensor,
         dtype: torch.dtype,
         allocate: Allocate,
     ) -> None:
@@ -199,9 +211,7 @@ class ExactWindow:
 
         self.keys, self.values = Ring(exact(key_capacity)), Ring(exact(value_capacity))
         self.sink_keys, self.sink_values = exact(num_sinks), exact(num_sinks)
-        self.length, self.num_keys, self.num_values = (
-            allocate(batch_size, dtype=torch.int32).zero_() for _ in range(3)
-        )
+        self.length, self.num_keys, self.num_values = counts
 
     def write_sinks(self, row: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Keep those of the tokens start.. that are sinks. Shapes: keys, values `[HK, T, D]`."""
@@ -217,4 +227,3 @@ class ExactWindow:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from (self.keys.tensor, self.values.tensor, self.sink_keys, self.sink_values)
-        yield from (self.length, self.num_keys, self.num_values)

@@ -56,6 +56,11 @@ def _load(operation: str, name: str) -> ModuleType:
         return importlib.import_module(f"{package}.reference")
 
 
+def runs_triton(operation: str, device: torch.device) -> bool:
+    """Whether `operation` is computed by a Triton kernel on `device`."""
+    return preferred(device) == "triton" and implementation(operation, device).__name__.endswith(".triton")
+
+
 def describe(operation: str, device: torch.device) -> str:
     """What computes `operation` on `device`, in words for the screen."""
     name = implementation(operation, device).__name__.rsplit(".", 1)[-1]

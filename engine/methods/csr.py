@@ -38,6 +38,7 @@ from kvlens.engine.shape import ModelShape
 from kvlens.engine.sparse_coder import PURSUITS, SparseCoder, SparseRecipe
 from kvlens.engine.sparse_pages import SparsePages
 from kvlens.kernels import dispatch
+from kvlens.kernels.append_pack import FlushRule
 from kvlens.kernels.pursuit import MAX_SPARSITY
 from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide, sparse_attend
 from kvlens.kernels.sparse_attend.tasks import CHANNELS, step_tasks
@@ -134,11 +135,10 @@ class CsrConfig(PagedConfig):
         atoms = (budget - 16) // 16 if self.is_packed else budget // 32
         return SparseRecipe(max(1, ceil(atoms / parts)), parts, self.is_packed, self.pursuit)
 
-    def num_packed_keys(self, num_tokens: int) -> int:
-        return max(0, num_tokens - self.num_sinks - self.window) // self.flush * self.flush
-
-    def num_packed_values(self, num_tokens: int) -> int:
-        return self.num_packed_keys(num_tokens)
+    @cached_property
+    def flush_rule(self) -> FlushRule:
+        window = self.window, self.flush
+        return FlushRule(self.num_sinks, *window, *window)
 
     def check(self, shape: ModelShape) -> None:
         if shape.head_dim % self.value_parts != 0:
@@ -152,7 +152,7 @@ class CsrConfig(PagedConfig):
 
     def estimate(self, shape: ModelShape, num_tokens: int) -> dict[str, int]:
         heads, dim = shape.num_layers * shape.num_kv_heads, shape.head_dim
-        coded, sinks = self.num_packed_keys(num_tokens), min(self.num_sinks, num_tokens)
+        coded, sinks = self.num_packed(0, num_tokens), min(self.num_sinks, num_tokens)
         sides = self.recipe(dim, 1), self.recipe(dim, self.value_parts)
         words, coefficients = ("codes", "scales") if self.is_packed else ("indices", "coefficients")
         return {
@@ -263,8 +263,8 @@ class CsrCache(PagedCache):
 
     def step_key(self) -> Hashable | None:
         is_whole = self.shape.head_dim // self.config.value_parts % CHANNELS == 0
-        has_tasks = self._reads_pages(0) and is_whole
-        return self._num_allocations if has_tasks else None
+        is_prepared = self._reads_pages(0) and (is_whole or self.steps_on_device)
+        return self._num_allocations if is_prepared else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
@@ -340,7 +340,7 @@ class CsrCache(PagedCache):
         self._count_exact(live)
         pool = self._table.pool
         for length in (length for rows in self.lengths for length in rows):
-            coded = self.config.num_packed_keys(length)
+            coded = self.config.num_packed(0, length)
             for pages in self._pages if coded else ():
                 live[words] += pages.words(pool)[0].nbytes * coded // PAGE_TOKENS
                 live[coefficients] += pages.coefficients(pool)[0].nbytes * coded // PAGE_TOKENS

@@ -16,7 +16,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.registry import register
 from kvlens.engine.segments import Tile
 from kvlens.engine.shape import ModelShape
-from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare, step_tasks, takes_tasks
+from kvlens.kernels.dense_attend import chosen_path, dense_attend, prepare, step_on_device, step_tasks, takes_tasks
 
 BLOCK_TOKENS = 256
 """Buffers grow in steps of at least this many tokens."""
@@ -46,13 +46,11 @@ class DenseCache(KVCache):
         self._capacity = 0
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
-        self._lengths: list[torch.Tensor] = []
+        self._lengths = torch.empty(0)
 
     def reserve(self, num_tokens: int) -> None:
-        if not self._lengths:
-            self._lengths = [
-                self.allocate(self.num_rows, dtype=torch.int32).zero_() for _ in range(self.shape.num_layers)
-            ]
+        if not self._lengths.numel():
+            self._lengths = self.allocate(self.shape.num_layers, self.num_rows, dtype=torch.int32).zero_()
         if num_tokens <= self._capacity:
             return
         capacity = max(num_tokens, self._capacity * 3 // 2)
@@ -95,7 +93,19 @@ class DenseCache(KVCache):
             is_ragged=min(lengths) != max(lengths),
         )  # fmt: skip
 
+    def step_on_device(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
+    ) -> torch.Tensor:
+        buffers, length = (self._keys[layer], self._values[layer]), self._lengths[layer]
+        return step_on_device(query, keys, values, buffers, length, scaling=scaling)
+
+    @property
+    def device_lengths(self) -> torch.Tensor:
+        return self._lengths
+
     def step_key(self) -> Hashable | None:
+        if self.steps_on_device:
+            return self._num_allocations
         longest = max(self.lengths[0]) + 1
         has_tasks = takes_tasks(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
         return self._num_allocations if has_tasks else None
@@ -116,21 +126,20 @@ class DenseCache(KVCache):
         token = 2 * self._keys[0][0, :, 0].nbytes
         return {
             "window": token * sum(map(sum, self.lengths)),
-            "tables": sum(lengths.nbytes for lengths in self._lengths),
+            "tables": self._lengths.nbytes,
         }
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        yield from (*self._keys, *self._values, *self._lengths)
+        yield from (*self._keys, *self._values, self._lengths)
 
     def save(self) -> Any:
         """Nothing: what comes later never overwrites what is stored."""
 
     def restore(self, saved: Any, lengths: list[int]) -> None:
-        for tensor in self._lengths:
-            tensor.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def release(self) -> None:
-        self._keys, self._values, self._lengths, self._capacity = [], [], [], 0
+        self._keys, self._values, self._lengths, self._capacity = [], [], torch.empty(0), 0
 
     @property
     def attention_path(self) -> str:

@@ -13,6 +13,7 @@ and so keeps a few more exact; `num_sinks` > 0 keeps the first tokens exact. All
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvlens.engine.paged_cache import PagedCache, PagedConfig
 from kvlens.engine.registry import register
 from kvlens.engine.shape import ModelShape
 from kvlens.kernels import dispatch
+from kvlens.kernels.append_pack import FlushRule
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout, packed_attend
 from kvlens.kernels.packed_attend.tasks import step_tasks
 from kvlens.kernels.quantize_pack import Packed, check_layout, dequantize, quantize_pack, unpack
@@ -84,12 +86,12 @@ class KiviConfig(PagedConfig):
         )  # fmt: skip
         return PageLayout(max(fitting), self.key_bits, self.value_bits, self.group_size, self.value_group(head_dim))
 
-    def num_packed_keys(self, num_tokens: int) -> int:
-        return max(0, num_tokens - self.num_sinks) // self.residual_length * self.residual_length
-
-    def num_packed_values(self, num_tokens: int) -> int:
-        old = max(0, num_tokens - self.num_sinks - self.residual_length)
-        return old // self.value_flush * self.value_flush
+    @cached_property
+    def flush_rule(self) -> FlushRule:
+        return FlushRule(
+            self.num_sinks, key_window=0, key_flush=self.residual_length,
+            value_window=self.residual_length, value_flush=self.value_flush,
+        )  # fmt: skip
 
     def check(self, shape: ModelShape) -> None:
         group = self.value_group(shape.head_dim)
@@ -102,7 +104,7 @@ class KiviConfig(PagedConfig):
 
     def estimate(self, shape: ModelShape, num_tokens: int) -> dict[str, int]:
         heads, dim = shape.num_layers * shape.num_kv_heads, shape.head_dim
-        keys, values = self.num_packed_keys(num_tokens), self.num_packed_values(num_tokens)
+        keys, values = self.num_packed(0, num_tokens), self.num_packed(1, num_tokens)
         sinks = min(self.num_sinks, num_tokens)
         groups = keys * dim // self.group_size + values * dim // self.value_group(dim)
         num_pages = keys // self.layout(dim).page_tokens
@@ -204,7 +206,7 @@ class KiviCache(PagedCache):
         if not self._reads_pages(0):
             return None
         for row, length in enumerate(self.lengths[0]):
-            self._due_values[row] = self.config.num_packed_values(length + 1)
+            self._due_values[row] = self.config.num_packed(1, length + 1)
         return self._num_allocations
 
     def step_tasks(
@@ -217,24 +219,30 @@ class KiviCache(PagedCache):
         )  # fmt: skip
 
     def end_tasks(self) -> None:
-        """Values are packed by the tasks; a block of keys is packed here when it is full."""
+        """The step has packed what was due on a device, and the values on a CPU; there full blocks of keys are left."""
         super().end_tasks()
         self._is_unobserved = self.probe is not None
+        if self.steps_on_device:
+            return
         for row, after in enumerate(self.lengths[0]):
             for layer in range(self.shape.num_layers):
                 self._flush_side(layer, row, 0, after)
 
     def observe(self) -> None:
-        """The values that the tasks packed are still in the ring."""
+        """What a prepared step has packed is still in the rings."""
         if not self._is_unobserved:
             return
         self._is_unobserved = False
-        after = self.lengths[0][0]
-        packed, due = self.config.num_packed_values(after - 1), self.config.num_packed_values(after)
-        first = self.config.num_sinks + packed
-        for layer in range(self.shape.num_layers if due > packed else 0):
-            block = self._layers[layer].values.read(0, first, first + due - packed)
-            self._observe(layer, 0, 1, packed, block)
+        for side in range(0 if self.steps_on_device else 1, 2):
+            packed, due = (self.config.num_packed(side, self.lengths[0][0] - ago) for ago in (1, 0))
+            first = self.config.num_sinks + packed
+            for layer in range(self.shape.num_layers if due > packed else 0):
+                state = self._layers[layer]
+                ring = state.values if side else state.keys
+                self._observe(layer, 0, side, packed, ring.read(0, first, first + due - packed))
+
+    def _packs_on_device(self, layer: int) -> PackedPast:
+        return self._stored(layer)[0]
 
     # ------------------------------------------------------------------ reading
 
@@ -252,7 +260,7 @@ class KiviCache(PagedCache):
     def view(self, layer: int, head: int, row: int = 0) -> CacheView:
         exact = super().view(layer, head, row)
         length = self.lengths[layer][row]
-        num_keys, num_values = self.config.num_packed_keys(length), self.config.num_packed_values(length)
+        num_keys, num_values = self.config.num_packed(0, length), self.config.num_packed(1, length)
         pages, tensors = self._table.of(layer, row), self._table.pool.tensors
         key_codes = unpack(tensors["key_codes"][pages, head], bits=self.layout.key_bits)
         value_codes = unpack(tensors["value_codes"][pages, head], bits=self.layout.value_bits)

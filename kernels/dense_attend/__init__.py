@@ -7,11 +7,16 @@ shape and the winner is kept: an honest rival is the best one.
 
 import torch
 
+from kvlens.kernels.append_pack import FlushRule, append_pack
 from kvlens.kernels.dense_attend import paths
 from kvlens.kernels.dense_attend.tune import Problem, fastest, is_fastest_in_a_program
+from kvlens.kernels.packed_attend import packed_attend
 
 _LENGTHS = (512, 2048, 8192, 32768)
 """Lengths at which the candidates are measured; a problem takes the first that is long enough."""
+
+_NEVER = FlushRule(num_sinks=0, key_window=0, key_flush=1, value_window=0, value_flush=1)
+"""Of exact buffers nothing is ever packed; the rule is not asked."""
 
 _chosen: dict[str, str] = {}
 
@@ -65,6 +70,21 @@ def step_tasks(
 
     past, exact = paths.as_packed(*buffers, length)
     return step_tasks(query, keys, values, output, past, exact, scaling=scaling)
+
+
+def step_on_device(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buffers: tuple[torch.Tensor, torch.Tensor],
+    length: torch.Tensor, *, scaling: float,
+) -> torch.Tensor:  # fmt: skip
+    """The same where Triton runs, by what lies on the device alone: it may be captured in a graph.
+
+    Shapes: query `[B, HQ, D]`, keys and values `[B, HK, D]`, buffers as in `dense_attend`; `length` counts the new
+    token already. Our own kernel takes it: torch's attention reads lengths on the host.
+    """
+    past, exact = paths.as_packed(*buffers, length)
+    append_pack(keys, values, exact, _NEVER, None)
+    _chosen[str(query.device)] = "native"
+    return packed_attend(query, past, exact, scaling=scaling).output
 
 
 def prepare(keys: torch.Tensor, *, num_query_heads: int) -> None:

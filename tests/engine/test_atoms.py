@@ -52,8 +52,8 @@ def test_atoms_add_up_to_what_the_cache_rebuilds(config):
     for side, rebuilt, own in ((snapshot.keys, tile.keys, exact[0]), (snapshot.values, tile.values, exact[1])):
         if side is snapshot.keys and not config.is_after_rope:
             rebuilt, own = rotary.unrotate(rebuilt, places), rotary.unrotate(own, places)
-        coded = slice(side.first_token, side.first_token + config.num_packed_keys(COUNT))
-        assert side.exact.shape == (2, config.num_packed_keys(COUNT), 64)
+        coded = slice(side.first_token, side.first_token + config.num_packed(0, COUNT))
+        assert side.exact.shape == (2, config.num_packed(0, COUNT), 64)
         np.testing.assert_allclose(side.exact, own[:, coded], atol=1e-4)
         want = np.stack([[restored(side, head, token) for token in range(side.exact.shape[1])] for head in range(2)])
         np.testing.assert_allclose(want, rebuilt[:, coded], atol=1e-4)

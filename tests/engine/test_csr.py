@@ -90,7 +90,7 @@ def test_the_paper_mode_keeps_nothing_exact_after_a_step():
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMALL], ids=["128", "64"])
 def test_the_compact_mode_holds_its_budget_with_the_scale_counted(preset, shape):
     config = COMPACT[preset]
-    coded = config.num_packed_keys(4000)
+    coded = config.num_packed(0, 4000)
     parts = config.estimate(shape, 4000)
     bits = 8 * (parts["codes"] + parts["scales"]) / (coded * shape.values_per_token)
     assert bits == config.bits
@@ -99,7 +99,7 @@ def test_the_compact_mode_holds_its_budget_with_the_scale_counted(preset, shape)
 def test_the_compact_mode_keeps_sinks_and_window_exact_and_codes_in_blocks():
     config = CsrConfig(window=16, flush=8, num_sinks=3, num_atoms=256)
     cache, keys, values = filled(config, 50)
-    coded = config.num_packed_keys(50)
+    coded = config.num_packed(0, 50)
     assert coded == (50 - 3 - 16) // 8 * 8
     tile = cache.rebuild(0, 0, 0, 50)
     for exact, rebuilt in ((keys, tile.keys), (values, tile.values)):

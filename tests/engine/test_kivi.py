@@ -46,7 +46,7 @@ def authors_quantize(values: torch.Tensor, bits: int) -> torch.Tensor:
 def test_bits_a_packed_value_are_what_the_paper_counts(config, bits_per_packed_value):
     num_tokens = 128 * 32
     parts = config.estimate(LLAMA_7B, num_tokens)
-    keys, values = config.num_packed_keys(num_tokens), config.num_packed_values(num_tokens)
+    keys, values = config.num_packed(0, num_tokens), config.num_packed(1, num_tokens)
     packed = LLAMA_7B.values_per_token // 2 * (keys + values)
     bits = {side: LLAMA_7B.values_per_token // 2 * count for side, count in (("k", keys), ("v", values))}
     group = config.value_group(LLAMA_7B.head_dim)
@@ -124,7 +124,7 @@ def test_options_that_depart_from_the_paper_keep_more_exact():
     torch.testing.assert_close(tile.values, values[:, :4].float(), atol=0, rtol=0)
     assert sinks.view(0, 0).num_packed_keys == 256
     blocks = KiviConfig(value_flush=32)
-    assert [blocks.num_packed_values(count) for count in (128, 159, 160, 191, 192)] == [0, 0, 32, 32, 64]
+    assert [blocks.num_packed(1, count) for count in (128, 159, 160, 191, 192)] == [0, 0, 32, 32, 64]
 
 
 @pytest.mark.parametrize(
