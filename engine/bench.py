@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -12,6 +13,7 @@ from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import EngineError
 from kvlens.engine.facts import StandInFacts
 from kvlens.engine.generate import forward_batch
+from kvlens.engine.graph import CudaCapture, StepGraph
 from kvlens.engine.measure import Stopwatch, last_cache_bytes
 from kvlens.engine.model import LoadedModel
 from kvlens.engine.registry import method
@@ -107,6 +109,8 @@ class AttentionBench:
         self._filler = torch.zeros(last_cache_bytes(device) // 4, dtype=torch.int32, device=device)
         self._tokens: dict[tuple[int, int], torch.Tensor] = {}
         self._facts = StandInFacts(self.shape, device=device)
+        self._capture = CudaCapture(device)
+        self._graphs: WeakKeyDictionary[KVCache, StepGraph] = WeakKeyDictionary()
 
     def num_layers(self, cell: Cell) -> int:
         num_layers = self.shape.num_layers
@@ -130,13 +134,35 @@ class AttentionBench:
         self._filler.add_(1)
 
     def step(self, cache: KVCache) -> float:
-        shape, watch = cache.shape, Stopwatch()
-        query = self._token(cache.num_rows, shape.num_query_heads)
-        fresh = self._token(cache.num_rows, shape.num_kv_heads)
+        watch = Stopwatch()
         with torch.inference_mode(), watch.measure(self.device):
-            for layer in range(shape.num_layers):
-                cache.attend(layer, query, fresh, fresh, scaling=shape.head_dim**-0.5)
-        return watch.milliseconds * self.shape.num_layers / shape.num_layers
+            self._take_step(cache)
+        return watch.milliseconds * self.shape.num_layers / cache.shape.num_layers
+
+    def _take_step(self, cache: KVCache) -> None:
+        """As a network's step is taken: as one graph on a GPU, layer by layer elsewhere."""
+        key = cache.next_step_key() if cache.steps_on_device else None
+        if key is None:
+            self._attend(cache)
+            return
+        if cache not in self._graphs:
+            reference = ref(cache)
+            self._graphs[cache] = StepGraph(lambda: self._attend_on_device(reference()), self._capture)
+        cache.begin_step()
+        self._graphs[cache].run(key)
+        cache.end_tasks()
+
+    def _attend(self, cache: KVCache) -> torch.Tensor:
+        """A token through every layer; what the last one gave."""
+        query = self._token(cache.num_rows, cache.shape.num_query_heads)
+        fresh = self._token(cache.num_rows, cache.shape.num_kv_heads)
+        for layer in range(cache.shape.num_layers):
+            output = cache.attend(layer, query, fresh, fresh, scaling=cache.shape.head_dim**-0.5)
+        return output
+
+    def _attend_on_device(self, cache: KVCache) -> torch.Tensor:
+        with cache.on_device():
+            return self._attend(cache)
 
     def _token(self, batch_size: int, num_heads: int) -> torch.Tensor:
         """A random token of every sequence. Shapes: `[B, H, 1, D]`."""

@@ -1,6 +1,8 @@
-"""A bound on the bytes that all caches of a process may reserve together."""
+"""A bound on the bytes that all caches of a process may reserve together, and the tensors of one of them."""
 
 import threading
+
+import torch
 
 from kvlens.engine.errors import OutOfMemory
 
@@ -40,3 +42,43 @@ class MemoryBudget:
             self._used_bytes -= num_bytes
         if self._within is not None:
             self._within.give(num_bytes)
+
+
+class CacheMemory:
+    """The tensors of one cache, each taken from a budget before it exists.
+
+    `num_allocations` grows with every tensor: as long as it stays the same, so do their addresses.
+    """
+
+    def __init__(self, device: torch.device, budget: MemoryBudget) -> None:
+        self.num_allocations = 0
+        self._device = device
+        self._budget = budget
+        self._taken_bytes = 0
+
+    def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor. Raises: OutOfMemory where the budget or the device has no room for it."""
+        num_bytes = dtype.itemsize * torch.Size(size).numel()
+        self._budget.take(num_bytes)
+        try:
+            tensor = torch.empty(size, dtype=dtype, device=self._device)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            self._budget.give(num_bytes)
+            raise OutOfMemory(
+                f"The device has no room for {num_bytes / 2**20:.0f} MiB more of KV cache. "
+                "Shorten the context, lower the new tokens or compress more."
+            ) from error
+        self._taken_bytes += num_bytes
+        self.num_allocations += 1
+        return tensor
+
+    def discard(self, tensor: torch.Tensor | None) -> None:
+        """Give back to the budget what `tensor` took."""
+        if tensor is not None:
+            self._budget.give(tensor.nbytes)
+            self._taken_bytes -= tensor.nbytes
+
+    def give_back(self) -> None:
+        """Give everything back."""
+        self._budget.give(self._taken_bytes)
+        self._taken_bytes = 0

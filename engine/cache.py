@@ -22,11 +22,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvlens.engine.atoms import CodedVectors
-from kvlens.engine.budget import MemoryBudget
+from kvlens.engine.budget import CacheMemory, MemoryBudget
 from kvlens.engine.config import MethodConfig
-from kvlens.engine.errors import EngineError, OutOfMemory
+from kvlens.engine.errors import EngineError
 from kvlens.engine.facts import Facts
-from kvlens.engine.footprint import CacheView, Footprint, storage_bytes
+from kvlens.engine.footprint import CacheView, Footprint, storage_bytes, tensors_in
 from kvlens.engine.layer import LayerHandle, TransformersCache
 from kvlens.engine.probe import ErrorProbe
 from kvlens.engine.prompt import WaitingPrompt
@@ -81,7 +81,8 @@ class KVCache(TransformersCache, ABC):
         self.num_rows = batch_size
         self.device = torch.device(device)
         self.dtype = dtype
-        self.budget = budget or MemoryBudget()
+        self._memory = CacheMemory(self.device, budget or MemoryBudget())
+        self.allocate, self.discard = self._memory.allocate, self._memory.discard
         self.facts = facts
         self.probe: ErrorProbe | None = None
         self.lengths = [[0] * batch_size for _ in range(shape.num_layers)]
@@ -89,9 +90,7 @@ class KVCache(TransformersCache, ABC):
         self._waiting = self._no_prompt()
         self._is_in_prefill = False
         self._is_on_device = False
-        self._taken_bytes = 0
         self._checkpoint_bytes = 0
-        self._num_allocations = 0
 
     # ------------------------------------------------------------------ what a method implements
 
@@ -305,7 +304,7 @@ class KVCache(TransformersCache, ABC):
         if self._waiting.waits():
             raise EngineError("a checkpoint cannot be taken in the middle of a prompt; call end_prefill() first")
         saved = self.save()
-        num_bytes = storage_bytes(_tensors_in(saved))
+        num_bytes = storage_bytes(tensors_in(saved))
         self._checkpoint_bytes += num_bytes
         probe = None if self.probe is None else self.probe.save(self.lengths[0][0])
         return Checkpoint(list(self.lengths[0]), self._seen[0], saved, num_bytes, probe)
@@ -331,8 +330,7 @@ class KVCache(TransformersCache, ABC):
         self._waiting = self._no_prompt()
         self._checkpoint_bytes = 0
         self.probe = None
-        self.budget.give(self._taken_bytes)
-        self._taken_bytes = 0
+        self._memory.give_back()
 
     # ------------------------------------------------------------------ looking at it
 
@@ -362,30 +360,6 @@ class KVCache(TransformersCache, ABC):
         """Measure errors at every flush from now on, and keep exact copies of `layer`. One sequence only."""
         self.probe = ErrorProbe(self.shape, layer, device=self.device)
         return self.probe
-
-    # ------------------------------------------------------------------ for methods
-
-    def allocate(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor on the cache's device, taken from the budget. Raises: OutOfMemory."""
-        num_bytes = dtype.itemsize * torch.Size(size).numel()
-        self.budget.take(num_bytes)
-        try:
-            tensor = torch.empty(size, dtype=dtype, device=self.device)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            self.budget.give(num_bytes)
-            raise OutOfMemory(
-                f"The device has no room for {num_bytes / 2**20:.0f} MiB more of KV cache. "
-                "Shorten the context, lower the new tokens or compress more."
-            ) from error
-        self._taken_bytes += num_bytes
-        self._num_allocations += 1
-        return tensor
-
-    def discard(self, tensor: torch.Tensor | None) -> None:
-        """Give back to the budget what `tensor`, made by `allocate`, took."""
-        if tensor is not None:
-            self.budget.give(tensor.nbytes)
-            self._taken_bytes -= tensor.nbytes
 
     # ------------------------------------------------------------------ inside
 
@@ -438,11 +412,3 @@ class KVCache(TransformersCache, ABC):
                 tile = self._waiting.take(layer, row)
                 self.store(layer, row, tile.keys, tile.values)
                 self.lengths[layer][row] += count
-
-
-def _tensors_in(saved: Any) -> Iterator[torch.Tensor]:
-    if isinstance(saved, torch.Tensor):
-        yield saved
-    elif isinstance(saved, (tuple, list)):
-        for entry in saved:
-            yield from _tensors_in(entry)

@@ -1,7 +1,8 @@
 """What a cache occupies and what one head of it looks like: plain data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,3 +68,12 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def tensors_in(saved: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(saved, torch.Tensor):
+        yield saved
+    elif isinstance(saved, (tuple, list)):
+        for entry in saved:
+            yield from tensors_in(entry)

@@ -38,7 +38,7 @@ def forward_batch(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[in
     Shapes: rows `[B][T]`, logits `[B, V]`. In a step every token has its own sequence's position.
     """
     is_step = len(rows[0]) == 1 and not cache.is_in_prefill
-    pass_over = _short_step if is_step and model.lean is not None else _network_pass
+    pass_over = _short_step if is_step and model.short_step is not None else _network_pass
     watch = Stopwatch()
     with torch.inference_mode(), watch.measure(model.device):
         logits = pass_over(model, cache, rows)
@@ -47,7 +47,7 @@ def forward_batch(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[in
 
 
 def _short_step(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    return model.lean.run(cache, [token for (token,) in rows])
+    return model.short_step.run(cache, [token for (token,) in rows])
 
 
 def _network_pass(model: LoadedModel, cache: KVCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:

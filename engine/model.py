@@ -21,17 +21,21 @@ from kvlens.engine.cache import KVCache
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.errors import ModelError
 from kvlens.engine.facts import ModelFacts
+from kvlens.engine.graph import GraphStep
 from kvlens.engine.lean import LeanStep
 from kvlens.engine.measure import device_name
 from kvlens.engine.registry import method
 from kvlens.engine.shape import ModelShape
 from kvlens.engine.warm_up import warm_up_methods
+from kvlens.kernels import dispatch
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "model"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SELF_TEST_TOKENS = 24
+_SELF_TEST_STEPS = 3
+"""The last tokens come one by one: a graph warms up, is captured, and is run again."""
 _SELF_TEST_TOLERANCE = {torch.float32: 5e-3, torch.float16: 5e-2, torch.bfloat16: 2.5e-1}
 _SHORT_WAY_TOLERANCE = 1e-3
 """Both ways compute in fp32 and round keys and values to 16 bits, sometimes to a neighbour."""
@@ -43,8 +47,8 @@ Progress = Callable[[str], None]
 class LoadedModel:
     """A network with its tokenizer, ready to decode.
 
-    `cache_dtype` is what exact tokens are kept in: always 16 bits. `max_context` counts prompt and answer. `lean`
-    is the short way of a decode step where there is one; `notices` say why there is none.
+    `cache_dtype` is what exact tokens are kept in: always 16 bits. `max_context` counts prompt and answer.
+    `short_step` is the short way of a decode step where there is one; `notices` say why there is none.
     """
 
     name: str
@@ -56,7 +60,7 @@ class LoadedModel:
     max_context: int
     is_embedded: bool = False
     end_tokens: frozenset[int] = field(default_factory=frozenset)
-    lean: LeanStep | None = None
+    short_step: LeanStep | GraphStep | None = None
     notices: list[str] = field(default_factory=list)
     _token_texts: dict[int, str] = field(default_factory=dict, repr=False)
 
@@ -79,7 +83,7 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        extra = 0 if self.lean is None else self.lean.extra_bytes
+        extra = 0 if self.short_step is None else self.short_step.extra_bytes
         return extra + sum(parameter.nbytes for parameter in self.network.parameters())
 
     def new_cache(self, method_name: str, config: MethodConfig, **options) -> KVCache:
@@ -291,27 +295,39 @@ def _self_test(model: LoadedModel) -> None:
 
 def _take_short_way(model: LoadedModel, stored_dtype: torch.dtype | None) -> None:
     """Give the model its short step if it has one and its logits are the network's; else note why not."""
-    if model.device.type != "cpu":
-        return
     try:
-        lean = LeanStep(model.network, stored_dtype)
-        difference = _difference(model, lean)
-        if not difference <= _SHORT_WAY_TOLERANCE:
+        step, tolerance = _short_step(model, stored_dtype)
+        difference = _difference(model, step)
+        if not difference <= tolerance:
             raise ModelError(f"its logits differ by {difference:.2g} of their range from the model's own")
-        model.lean = lean
+        model.short_step = step
     except (ModelError, AttributeError) as error:
         model.notices.append(f"Decode steps of {model.name} take the slow way through transformers: {error}.")
 
 
-def _difference(model: LoadedModel, lean: LeanStep) -> float:
-    """The largest difference of two steps' logits from the network's, in parts of their range."""
+def _short_step(model: LoadedModel, stored_dtype: torch.dtype | None) -> tuple[LeanStep | GraphStep, float]:
+    """The step, and how far its logits may be from the network's. Raises: ModelError if there is none here."""
+    if model.device.type == "cpu":
+        return LeanStep(model.network, stored_dtype), _SHORT_WAY_TOLERANCE
+    if not dispatch.runs_triton("append_pack", model.device):
+        raise ModelError(f"graphs need the Triton kernels, and KERNELS is {dispatch.requested()}")
+    return GraphStep(model.network), _SELF_TEST_TOLERANCE[model.dtype]
+
+
+def _difference(model: LoadedModel, step: LeanStep | GraphStep) -> float:
+    """The largest difference of some steps' logits from the network's, in parts of their range.
+
+    Raises: ModelError if a graph is meant and cannot be captured.
+    """
     ids = _test_ids(model)
     caches = [model.new_cache("dense", method("dense").config()) for _ in range(2)]
     try:
         with torch.inference_mode():
             want = _logits(model, ids, caches[0])[1:]
-            model.network(ids[:, :-2], past_key_values=caches[1])
-            got = torch.cat([lean.run(caches[1], [token]) for token in ids[0, -2:].tolist()])
+            model.network(ids[:, :-_SELF_TEST_STEPS], past_key_values=caches[1])
+            got = torch.cat([step.run(caches[1], [token]) for token in ids[0, -_SELF_TEST_STEPS:].tolist()])
+        if isinstance(step, GraphStep) and step.reason(caches[1]) is not None:
+            raise ModelError(f"a step cannot be captured as a graph ({step.reason(caches[1])})")
     finally:
         for cache in caches:
             cache.free()
@@ -325,9 +341,9 @@ def _test_ids(model: LoadedModel) -> torch.Tensor:
 
 
 def _logits(model: LoadedModel, ids: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-    """Logits of a prompt in one piece and of two further steps. Shapes: `[3, V]` fp32."""
+    """Logits of a prompt in one piece and of the further steps. Shapes: `[1 + steps, V]` fp32."""
     steps, past = [], cache
-    for piece in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+    for piece in (ids[:, :-_SELF_TEST_STEPS], *ids[:, -_SELF_TEST_STEPS:].split(1, dim=1)):
         result = model.network(piece, past_key_values=past, use_cache=True)
         past = result.past_key_values
         steps.append(result.logits[0, -1].float())

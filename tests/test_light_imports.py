@@ -29,6 +29,6 @@ def test_a_model_is_loaded_without_the_compiler(tiny_folder):
         "light_imports.load()\n"
         "from kvlens.engine.model import load_model\n"
         f"model = load_model({tiny_folder!r}, device='cpu')\n"
-        "print('torch._dynamo' in sys.modules, model.lean is not None)\n"
+        "print('torch._dynamo' in sys.modules, model.short_step is not None)\n"
     )
     assert found.splitlines()[-1] == "False True"

@@ -264,7 +264,7 @@ class CsrCache(PagedCache):
     def step_key(self) -> Hashable | None:
         is_whole = self.shape.head_dim // self.config.value_parts % CHANNELS == 0
         is_prepared = self._reads_pages(0) and (is_whole or self.steps_on_device)
-        return self._num_allocations if is_prepared else None
+        return self._memory.num_allocations if is_prepared else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,

@@ -105,10 +105,10 @@ class DenseCache(KVCache):
 
     def step_key(self) -> Hashable | None:
         if self.steps_on_device:
-            return self._num_allocations
+            return self._memory.num_allocations
         longest = max(self.lengths[0]) + 1
         has_tasks = takes_tasks(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
-        return self._num_allocations if has_tasks else None
+        return self._memory.num_allocations if has_tasks else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,

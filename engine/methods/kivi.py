@@ -207,7 +207,7 @@ class KiviCache(PagedCache):
             return None
         for row, length in enumerate(self.lengths[0]):
             self._due_values[row] = self.config.num_packed(1, length + 1)
-        return self._num_allocations
+        return self._memory.num_allocations
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,

@@ -186,7 +186,7 @@ def test_the_token_where_answers_part():
 def test_a_device_that_runs_out_of_memory_frees_the_caches_and_the_next_run_works(tiny_model, monkeypatch):
     budget, calls = MemoryBudget(), []
     comparison = Comparison(tiny_model, budget=budget)
-    run = tiny_model.lean.run
+    run = tiny_model.short_step.run
 
     def failing(*arguments):
         calls.append(1)
@@ -194,7 +194,7 @@ def test_a_device_that_runs_out_of_memory_frees_the_caches_and_the_next_run_work
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(*arguments)
 
-    monkeypatch.setattr(tiny_model.lean, "run", failing)
+    monkeypatch.setattr(tiny_model.short_step, "run", failing)
     with pytest.raises(OutOfMemory, match="ran out of memory, and the caches of this chat were freed"):
         last(comparison.run([user("u" * 100)], [DENSE, KIVI]))
     assert budget.used_bytes == 0

@@ -81,7 +81,7 @@ def test_a_ragged_batch_is_the_same_as_its_sequences_alone_and_as_the_networks_w
     prompts = ragged_prompts()
     batches = [tiny_model.new_cache(name, config, batch_size=len(LENGTHS)) for _ in range(2)]
     alone = [tiny_model.new_cache(name, config) for _ in LENGTHS]
-    slow = replace(tiny_model, lean=None)
+    slow = replace(tiny_model, short_step=None)
     with torch.inference_mode():
         for cache in batches:
             fill(tiny_model.network, cache, prompts)
@@ -153,8 +153,8 @@ def test_every_cache_is_the_same_after_both_ways(name, config, tiny_model, monke
     """Bytes, lengths and what is stored; a probe sees the same blocks."""
     prompt = [token % 90 + 4 for token in range(150)]
     found = []
-    for lean in (tiny_model.lean, None):
-        monkeypatch.setattr(tiny_model, "lean", lean)
+    for lean in (tiny_model.short_step, None):
+        monkeypatch.setattr(tiny_model, "short_step", lean)
         cache = tiny_model.new_cache(name, config)
         probe = cache.watch(1)
         *_, _ = prefill(tiny_model, cache, prompt)
@@ -192,7 +192,7 @@ def test_a_network_that_is_not_known_is_declined_with_the_reason():
 
 def test_a_model_without_a_short_way_says_so_and_answers(tmp_path):
     model = load_model(tiny.save(tmp_path, hidden_act="gelu"), device="cpu")
-    assert model.lean is None
+    assert model.short_step is None
     assert any("gelu" in notice for notice in model.notices)
     cache = model.new_cache("dense", available()["dense"].config())
     *_, result = prefill(model, cache, [5, 6, 7])

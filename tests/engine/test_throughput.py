@@ -82,8 +82,8 @@ def test_a_measured_cell_says_what_it_held_and_how_long_a_step_took(network, can
 
 
 def test_every_batch_size_takes_the_way_of_a_chat(model, monkeypatch):
-    taken, run = [], model.lean.run
-    monkeypatch.setattr(model.lean, "run", lambda cache, tokens: taken.append(len(tokens)) or run(cache, tokens))
+    taken, run = [], model.short_step.run
+    monkeypatch.setattr(model.short_step, "run", lambda cache, tokens: taken.append(len(tokens)) or run(cache, tokens))
     found = results(NetworkBench(model), plan_cells([DENSE, KIVI], [300], [1, 2, 5]))
     steps = found[0].num_steps + throughput.WARM_UP_STEPS
     assert taken == [1] * 2 * steps + [2] * 2 * steps + [5] * 2 * steps

@@ -1,0 +1,133 @@
+"""A decode step on a GPU as one CUDA graph: one token of each sequence through an unmodified network.
+
+At batch 1 a step through transformers is bound by launches, not by bytes: thousands of small kernels, each sent from
+Python. A graph sends them all at once. What it holds may read only the device: tokens and positions lie in
+fixed tensors, lengths are counted there, the cache's `step_on_device` decides there what is packed.
+
+A step is captured once for every set of tensors that a cache has had (its `step_key`); the first step of a set runs
+by itself and warms everything up. A network that cannot be captured, because it asks the device something on the way,
+takes every step by itself, and `reason` says why.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from transformers import PreTrainedModel
+
+from kvlens.engine.cache import KVCache
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+"""From a body of work to what repeats it, and the tensor in which its result then lies. Nothing has run yet."""
+
+
+class CudaCapture:
+    """Captures on one GPU. All graphs share their scratch memory: no two run at once, and results are copied out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = None
+
+    def __call__(self, body: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        """Raises: RuntimeError for a body that asks the device something."""
+        with torch.cuda.device(self._device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = body()
+        return graph.replay, result
+
+
+class StepGraph:
+    """A body of work over one cache: run by itself the first time, as a graph from then on.
+
+    `reason` says why it is not a graph, where it cannot be one.
+    """
+
+    def __init__(self, body: Callable[[], torch.Tensor], capture: Capture) -> None:
+        self.reason: str | None = None
+        self._body = body
+        self._capture = capture
+        self._key: Hashable = None
+        self._graph: tuple[Replay, torch.Tensor] | None = None
+
+    def run(self, key: Hashable) -> torch.Tensor:
+        """The body's result, valid until the next run of any graph. `key` names the tensors that it uses."""
+        if key != self._key:
+            self._key, self._graph = key, None
+            return self._body()
+        if self._graph is None and self.reason is None:
+            try:
+                self._graph = self._capture(self._body)
+            except RuntimeError as error:
+                self.reason = str(error).strip().partition("\n")[0]
+        if self._graph is None:
+            return self._body()
+        replay, result = self._graph
+        replay()
+        return result
+
+
+class GraphStep:
+    """The short way of a network on a GPU. One graph for each cache, dropped with it."""
+
+    extra_bytes = 0
+
+    def __init__(self, network: PreTrainedModel, capture: Capture | None = None) -> None:
+        self._network = network
+        self._capture = capture or CudaCapture(network.device)
+        self._bound: WeakKeyDictionary[KVCache, _Bound] = WeakKeyDictionary()
+
+    def run(self, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits after `tokens`, one of which joins each sequence of `cache`. Shapes: `[B, V]`."""
+        key = cache.next_step_key()
+        bound = self._bound.get(cache)
+        if bound is None or bound.num_rows != len(tokens):
+            bound = self._bound[cache] = _Bound(self._network, len(tokens), self._capture)
+        bound.place(tokens, cache.lengths[0])
+        if key is None:
+            return bound.pass_over(cache)
+        return bound.step(cache, key)
+
+    def reason(self, cache: KVCache) -> str | None:
+        """Why steps over `cache` are no graph; None where they are, or none was taken yet."""
+        bound = self._bound.get(cache)
+        return None if bound is None else bound.reason
+
+
+class _Bound:
+    """Fixed tensors for one cache's tokens and positions, and the graph that reads them."""
+
+    def __init__(self, network: PreTrainedModel, num_rows: int, capture: Capture) -> None:
+        self.num_rows = num_rows
+        self._network = network
+        self._capture = capture
+        self._inputs = torch.zeros(2, num_rows, 1, dtype=torch.int64, device=network.device)
+        self._graph: StepGraph | None = None
+
+    @property
+    def reason(self) -> str | None:
+        return None if self._graph is None else self._graph.reason
+
+    def place(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        self._inputs.copy_(torch.tensor([tokens, positions]).unsqueeze(-1))
+
+    def pass_over(self, cache: KVCache) -> torch.Tensor:
+        """The network's own forward over the tokens in place. Shapes: `[B, V]`."""
+        ids, positions = self._inputs
+        return self._network(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[:, -1]
+
+    def step(self, cache: KVCache, key: Hashable) -> torch.Tensor:
+        if self._graph is None:
+            # The cache is not held: a graph must not outlive what it reads.
+            reference = ref(cache)
+            self._graph = StepGraph(lambda: self._on_device(reference()), self._capture)
+        cache.begin_step()
+        logits = self._graph.run(key).clone()
+        cache.end_tasks()
+        return logits
+
+    def _on_device(self, cache: KVCache) -> torch.Tensor:
+        with cache.on_device():
+            return self.pass_over(cache)
