@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -146,11 +146,8 @@ class AttentionBench:
             self._attend(cache)
             return
         if cache not in self._graphs:
-            reference = ref(cache)
-            self._graphs[cache] = StepGraph(lambda: self._attend_on_device(reference()), self._capture)
-        cache.begin_step()
+            self._graphs[cache] = StepGraph(cache, self._attend, self._capture)
         self._graphs[cache].run(key)
-        cache.end_tasks()
 
     def _attend(self, cache: KVCache) -> torch.Tensor:
         """A token through every layer; what the last one gave."""
@@ -159,10 +156,6 @@ class AttentionBench:
         for layer in range(cache.shape.num_layers):
             output = cache.attend(layer, query, fresh, fresh, scaling=cache.shape.head_dim**-0.5)
         return output
-
-    def _attend_on_device(self, cache: KVCache) -> torch.Tensor:
-        with cache.on_device():
-            return self._attend(cache)
 
     def _token(self, batch_size: int, num_heads: int) -> torch.Tensor:
         """A random token of every sequence. Shapes: `[B, H, 1, D]`."""

@@ -40,33 +40,46 @@ class CudaCapture:
 
 
 class StepGraph:
-    """A body of work over one cache: run by itself the first time, as a graph from then on.
+    """Steps of one cache on the device: the first by itself, the others as a graph. It does not keep the cache alive.
 
-    `reason` says why it is not a graph, where it cannot be one.
+    `reason` says why they are not a graph, where they cannot be one.
     """
 
-    def __init__(self, body: Callable[[], torch.Tensor], capture: Capture) -> None:
+    def __init__(self, cache: KVCache, body: Callable[[KVCache], torch.Tensor], capture: Capture) -> None:
         self.reason: str | None = None
+        self._cache = ref(cache)
         self._body = body
         self._capture = capture
         self._key: Hashable = None
         self._graph: tuple[Replay, torch.Tensor] | None = None
 
     def run(self, key: Hashable) -> torch.Tensor:
-        """The body's result, valid until the next run of any graph. `key` names the tensors that it uses."""
+        """A step, for which the cache gave `key`. What the body gave is valid until the next step of any cache."""
+        cache = self._cache()
+        cache.begin_step()
+        result = self._run(key)
+        cache.end_tasks()
+        return result
+
+    def _run(self, key: Hashable) -> torch.Tensor:
         if key != self._key:
             self._key, self._graph = key, None
-            return self._body()
+            return self._on_device()
         if self._graph is None and self.reason is None:
             try:
-                self._graph = self._capture(self._body)
+                self._graph = self._capture(self._on_device)
             except RuntimeError as error:
                 self.reason = str(error).strip().partition("\n")[0]
         if self._graph is None:
-            return self._body()
+            return self._on_device()
         replay, result = self._graph
         replay()
         return result
+
+    def _on_device(self) -> torch.Tensor:
+        cache = self._cache()
+        with cache.on_device():
+            return self._body(cache)
 
 
 class GraphStep:
@@ -84,50 +97,29 @@ class GraphStep:
         key = cache.next_step_key()
         bound = self._bound.get(cache)
         if bound is None or bound.num_rows != len(tokens):
-            bound = self._bound[cache] = _Bound(self._network, len(tokens), self._capture)
-        bound.place(tokens, cache.lengths[0])
-        if key is None:
-            return bound.pass_over(cache)
-        return bound.step(cache, key)
+            bound = self._bound[cache] = _Bound(self._network, cache, self._capture)
+        return bound.run(cache, tokens, key)
 
     def reason(self, cache: KVCache) -> str | None:
         """Why steps over `cache` are no graph; None where they are, or none was taken yet."""
         bound = self._bound.get(cache)
-        return None if bound is None else bound.reason
+        return None if bound is None else bound.graph.reason
 
 
 class _Bound:
     """Fixed tensors for one cache's tokens and positions, and the graph that reads them."""
 
-    def __init__(self, network: PreTrainedModel, num_rows: int, capture: Capture) -> None:
-        self.num_rows = num_rows
+    def __init__(self, network: PreTrainedModel, cache: KVCache, capture: Capture) -> None:
+        self.num_rows = cache.num_rows
+        self.graph = StepGraph(cache, self._pass_over, capture)
         self._network = network
-        self._capture = capture
-        self._inputs = torch.zeros(2, num_rows, 1, dtype=torch.int64, device=network.device)
-        self._graph: StepGraph | None = None
+        self._inputs = torch.zeros(2, cache.num_rows, 1, dtype=torch.int64, device=network.device)
 
-    @property
-    def reason(self) -> str | None:
-        return None if self._graph is None else self._graph.reason
+    def run(self, cache: KVCache, tokens: Sequence[int], key: Hashable) -> torch.Tensor:
+        self._inputs.copy_(torch.tensor([list(tokens), cache.lengths[0]]).unsqueeze(-1))
+        return self._pass_over(cache) if key is None else self.graph.run(key).clone()
 
-    def place(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
-        self._inputs.copy_(torch.tensor([tokens, positions]).unsqueeze(-1))
-
-    def pass_over(self, cache: KVCache) -> torch.Tensor:
+    def _pass_over(self, cache: KVCache) -> torch.Tensor:
         """The network's own forward over the tokens in place. Shapes: `[B, V]`."""
         ids, positions = self._inputs
         return self._network(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[:, -1]
-
-    def step(self, cache: KVCache, key: Hashable) -> torch.Tensor:
-        if self._graph is None:
-            # The cache is not held: a graph must not outlive what it reads.
-            reference = ref(cache)
-            self._graph = StepGraph(lambda: self._on_device(reference()), self._capture)
-        cache.begin_step()
-        logits = self._graph.run(key).clone()
-        cache.end_tasks()
-        return logits
-
-    def _on_device(self, cache: KVCache) -> torch.Tensor:
-        with cache.on_device():
-            return self.pass_over(cache)
