@@ -1,15 +1,17 @@
 """The embedded model's training tools: generator, tokenizer, rows, and a short run that stops and resumes."""
 
+import re
+import time
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
-from tools.embedded_model import facts, phrasing, recall, wordings, words
+from tools.embedded_model import facts, phrasing, recall, relations, wordings, words
 from tools.embedded_model.corpus import RowMaker, Texts
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
-from tools.embedded_model.train import ModelShape, Recipe, Trainer, export
+from tools.embedded_model.train import Clock, ModelShape, Recipe, Trainer, export, load_weights, run
 
 PROSE = "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
 STORY = "Once there was a fox. The fox had a red hat. The fox lost the hat. A bird found the hat."
@@ -37,7 +39,7 @@ def make_trainer(texts, tokenizer) -> Trainer:
     shape = ModelShape(
         vocab_size=400, hidden_size=64, num_layers=1, num_query_heads=2, num_key_value_heads=1, mlp_size=64
     )
-    recipe = Recipe(tokens_per_step=512, stages=((64, 4096), (128, float("inf"))), warmup_steps=5)
+    recipe = Recipe(tokens_per_step=512, stages=(((64,), 4096), ((64, 128), float("inf"))), warmup_steps=5)
     rows, held_out_rows = (
         RowMaker(texts, tokenizer, seed=1),
         RowMaker(texts, tokenizer, seed=1, split="held_out"),
@@ -80,6 +82,79 @@ def test_no_wording_put_together_is_held_out():
     assert not statements & set(facts.split_parts(wordings.SUBJECT_STATEMENTS, "held_out"))
     assert not questions & set(facts.split_parts(wordings.SUBJECT_QUESTIONS, "held_out"))
     assert min(len(statements), len(questions)) > 3000
+
+
+def held_out_sentences() -> dict[str, re.Pattern]:
+    """Held-out statements and questions, each with a pattern that takes anything for names and values."""
+    parts = [facts.split_parts(p, "held_out") for p in (wordings.SUBJECT_STATEMENTS, wordings.SUBJECT_QUESTIONS)]
+    for family in wordings.FAMILIES:
+        parts += [facts.split_parts(p, "held_out") for p in (family.statements, family.questions)]
+    for family in wordings.HELD_OUT_FAMILIES:
+        parts += [family.statements, family.questions]
+    sentences = {sentence for part in parts for sentence in part}
+    return {s: re.compile(re.sub(r"\\{.\\}", ".+", re.escape(s))) for s in sentences}
+
+
+def test_no_relation_drawn_at_random_is_told_or_asked_in_a_held_out_wording():
+    patterns, random = held_out_sentences(), Random(0)
+    drawn = [relations.relation(random, facts.draws(random, "train")) for _ in range(6000)]
+    sentences = {text for d in drawn for text in (d.statement, d.question, d.other_question)}
+    assert len(sentences) > 15_000
+    assert not [(s, text) for s, pattern in patterns.items() for text in sentences if pattern.fullmatch(text)]
+
+
+def test_no_attribute_or_verb_of_a_held_out_relation_is_drawn():
+    held_out = [facts.split_parts(parts, "held_out") for parts in (wordings.OWNED, wordings.THING_ATTRIBUTES)]
+    trained = [facts.split_parts(parts, "train") for parts in (wordings.OWNED, wordings.THING_ATTRIBUTES)]
+    words_of = [
+        {word for part in parts for text, _ in part for word in text.replace("'s", "").split()}
+        for parts in (held_out, trained)
+    ]
+    # Training families ask "at what time": the word alone gives no held-out relation away.
+    only_held_out = words_of[0] - words_of[1] - {"time"}
+    assert {"combination", "appointment"} <= only_held_out <= relations.NEVER_TRAINED
+    random = Random(0)
+    draw = facts.draws(random, "train")
+    drawn = {word for _ in range(20_000) for word in relations.attribute(random, draw).replace("'s", "").split()} | {
+        form for deed in relations.DEEDS for form in deed
+    }
+    assert len(drawn) > 500
+    assert not drawn & relations.NEVER_TRAINED
+
+
+def test_relations_drawn_at_random_can_be_answered_from_what_is_told():
+    random = Random(1)
+    draw = facts.draws(random, "train")
+    for _ in range(2000):
+        sentences = relations.relation(random, draw)
+        assert sentences.value in sentences.statement
+        assert sentences.value in sentences.answer
+        for question in (sentences.question, sentences.other_question):
+            asked_of = set.intersection(*(set(re.findall(r"[\w-]+", s)) for s in (question, sentences.statement)))
+            assert asked_of - relations.DROPPED, (question, sentences.statement)
+
+
+def test_kindred_facts_share_owners_and_attributes_but_never_both():
+    random = Random(2)
+    kindred = relations.kindred(random, facts.draws(random, "train"), 6)
+    subjects = [sentences.answer.removesuffix(f" is {sentences.value}.") for sentences in kindred]
+    assert len(set(subjects)) == 6
+    assert len({subject.split("'s ")[0] for subject in subjects}) < 6
+
+
+def test_a_noisy_question_keeps_the_words_that_say_what_is_meant():
+    for seed in range(200):
+        noisy = relations.noisy(Random(seed), "what is the code of the silver gate").split()
+        assert {"code", "silver", "gate"} <= set(noisy)
+
+
+def test_facts_asked_for_twice_are_asked_in_other_words_the_second_time():
+    told = [
+        facts.Fact(f"my code {i} is {i}", f"what is code {i}", f"it is {i}.", str(i), f"code {i}") for i in range(40)
+    ]
+    asked = recall.with_second_questions(Random(0), told)
+    assert len(asked) > len(told)
+    assert len({fact.question for fact in asked}) == len(asked)
 
 
 def test_unknown_split_is_refused():
@@ -198,3 +273,30 @@ def test_export_loads_with_transformers(texts, tokenizer, tmp_path):
     assert model.generation_config.eos_token_id == chat_tokenizer.eos_token_id == tokenizer.token_to_id("<|end|>")
     expected = trainer.model.get_input_embeddings().weight.half()
     torch.testing.assert_close(model.get_input_embeddings().weight, expected, rtol=0, atol=0)
+
+
+def test_run_follows_the_clock_to_a_rate_of_zero(texts, tokenizer, tmp_path):
+    trainer = make_trainer(texts, tokenizer)
+    now = time.monotonic()
+    assert Clock(now + 1000, 500).share() == 1
+    assert 0.45 < Clock(now + 250, 500).share() <= 0.5
+    run(
+        trainer,
+        tmp_path,
+        max_tokens=float("inf"),
+        anneal_steps=1,
+        report_every=1000,
+        clock=Clock(time.monotonic() + 0.3, 0.2),
+    )
+    assert trainer.progress.step > 0
+    assert trainer.progress.is_done
+    assert trainer.progress.learning_rate_share(5) == 0
+
+
+def test_run_starts_from_the_weights_of_an_exported_model(texts, tokenizer, tmp_path):
+    first, second = make_trainer(texts, tokenizer), make_trainer(texts, tokenizer)
+    first.train_step()
+    export(first.model, tokenizer, tmp_path)
+    load_weights(second.model, tmp_path)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], value.half().float(), rtol=0, atol=0)

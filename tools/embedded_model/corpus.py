@@ -136,11 +136,12 @@ class RowMaker:
     """Makes rows of a given length from the texts and from generated conversations.
 
     The mixture is by conversations drawn; facts are hidden in most of the prose, so that reading and recall
-    are learned together.
+    are learned together. Half of that prose is stories: they are few, and read well after many readings.
     """
 
     KINDS = ("passage", "chat", "lookup", "repeat", "sum", "dialogue", "story", "book", "small_talk")
-    SHARES = (38, 14, 10, 5, 1.5, 12, 13, 4, 1.5)
+    SHARES = (36, 14, 6, 4, 2, 11, 24, 2, 1.5)
+    STORY_PROSE_SHARE = 0.5
 
     def __init__(self, texts: Texts, tokenizer: Tokenizer, *, seed: int, split: str = "train") -> None:
         self.texts, self.tokenizer, self.seed, self.split = texts, tokenizer, seed, split
@@ -203,9 +204,7 @@ class RowMaker:
         ]
 
     def prose(self, random: Random, num_characters: int) -> str:
-        """A stretch of a random book (or, for short ones, sometimes of a story), starting at a sentence."""
-        if num_characters < 1500 and random.random() < 0.3:
-            return random.choice(self.texts.stories)[:num_characters]
+        """A stretch of a random book, starting at a sentence."""
         book = random.choice(self.texts.books)
         start = random.randrange(max(1, len(book) - num_characters - 300))
         first = re.compile(r"[.!?\"] |\n").search(book, start, start + 300)
@@ -213,14 +212,22 @@ class RowMaker:
         prose = book[start : start + num_characters].rstrip()
         return recall.whole_sentences(prose) if random.random() < 0.8 else prose
 
+    def _reading(self, random: Random, num_characters: int) -> str:
+        if random.random() >= self.STORY_PROSE_SHARE:
+            return self.prose(random, num_characters)
+        stories: list[str] = []
+        while sum(map(len, stories)) < num_characters:
+            stories.append(random.choice(self.texts.stories))
+        return recall.whole_sentences("\n".join(stories)[:num_characters])
+
     def _target(self, random: Random, room: int) -> int:
         # Half of the conversations fill the row, the others are of any shorter length.
         return room if random.random() < 0.5 else int(150 * (max(room, 151) / 150) ** random.random())
 
     def _passage(self, random: Random, room: int) -> Conversation:
         target = self._target(random, room)
-        num_facts = max(1, min(16, round(target / random.choice((200, 300, 500)))))
-        prose = self.prose(random, max(0, target - 150 * num_facts)) if random.random() < 0.9 else ""
+        num_facts = max(1, min(16, round(target / random.choice((160, 250, 400, 700)))))
+        prose = self._reading(random, max(0, target - 150 * num_facts)) if random.random() < 0.9 else ""
         return recall.passage_conversation(random, prose, num_facts=num_facts, split=self.split)
 
     def _chat(self, random: Random, room: int) -> Conversation:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from . import phrasing, words
+from . import phrasing, relations, words
 from . import wordings as w
 
 SPLITS = ("train", "held_out")
@@ -19,6 +19,12 @@ SPLITS = ("train", "held_out")
 ODD_VALUE_SHARE = 0.5
 # Training sentences built by `phrasing` instead of taken from a list.
 PUT_TOGETHER_SHARE = 0.6
+# Training facts under a relation drawn at random, and groups of facts that share owners and attributes.
+RELATION_SHARE = 0.65
+KINDRED_SHARE = 0.3
+# Training answers in the first, whole form: one form is learned sooner than several.
+WHOLE_ANSWER_SHARE = 0.85
+NOISY_QUESTION_SHARE = 0.08
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Fact:
     question: str
     answer: str
     value: str
+    other_question: str | None = None
 
 
 def split_parts(parts: tuple, split: str) -> tuple:
@@ -116,6 +123,8 @@ def draw_person(random: Random, split: str) -> str:
 def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact:
     """A fact with names and values of `split` and sentences of `wording` (the same split if None)."""
     wording = split if wording is None else wording
+    if wording == "train" and random.random() < RELATION_SHARE:
+        return _related(random, relations.relation(random, draws(random, split)))
     if random.random() < 0.55:
         return _subject_fact(random, split, wording)
     families = w.HELD_OUT_FAMILIES if wording == "held_out" and random.random() < 0.2 else w.FAMILIES
@@ -129,11 +138,31 @@ def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact
     statement = random.choice(family.statements if is_new else split_parts(family.statements, wording))
     question = random.choice(family.questions if is_new else split_parts(family.questions, wording))
     # A question may only name what the statement named.
-    statement, question, answer = _without_unknown(statement, question, random.choice(family.answers), family)
+    answer = random.choice(family.answers)
+    if wording == "train" and random.random() < WHOLE_ANSWER_SHARE:
+        answer = family.answers[0]
+    statement, question, answer = _without_unknown(statement, question, answer, family)
     statement, question, answer = (part.format(**names) for part in (statement, question, answer))
     if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
         statement, question = phrasing.loosened(random, statement), phrasing.wrapped(random, question)
     return Fact(statement, question, answer, names["v"])
+
+
+def draws(random: Random, split: str) -> relations.Draw:
+    """What fills a relation drawn at random: names, things, nouns and values of `split`."""
+    return relations.Draw(
+        person=lambda: draw_person(random, split),
+        thing=lambda: draw_thing(random, split),
+        noun=lambda: draw_noun(random, split),
+        value=lambda kind: draw_value(random, kind, split),
+    )
+
+
+def _related(random: Random, sentences: relations.Sentences) -> Fact:
+    question = sentences.question
+    if random.random() < NOISY_QUESTION_SHARE:
+        question = relations.noisy(random, question)
+    return Fact(sentences.statement, question, sentences.answer, sentences.value, sentences.other_question)
 
 
 def _without_unknown(statement: str, question: str, answer: str, family: w.Family) -> tuple[str, str, str]:
@@ -167,14 +196,22 @@ def _subject_fact(random: Random, split: str, wording: str) -> Fact:
         statement = phrasing.spoken_statement(random, asked, names["v"])
     if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
         question = phrasing.spoken_question(random, asked)
-    return Fact(statement, question, random.choice(w.SUBJECT_ANSWERS).format(**names), names["v"])
+    answer = random.choice(w.SUBJECT_ANSWERS)
+    if wording == "train" and random.random() < WHOLE_ANSWER_SHARE:
+        answer = w.SUBJECT_ANSWERS[0]
+    return Fact(statement, question, answer.format(**names), names["v"])
 
 
 def distinct_facts(random: Random, split: str, count: int, *, wording: str | None = None) -> list[Fact]:
     """`count` facts of which no two answer the same question."""
     facts: dict[str, Fact] = {}
+    wording = split if wording is None else wording
+    waiting: list[Fact] = []
+    if wording == "train" and count > 1 and random.random() < KINDRED_SHARE:
+        kindred = relations.kindred(random, draws(random, split), random.randint(2, count))
+        waiting = [_related(random, sentences) for sentences in kindred]
     while len(facts) < count:
-        fact = draw_fact(random, split, wording=wording)
+        fact = waiting.pop() if waiting else draw_fact(random, split, wording=wording)
         # The answer without its value names the subject, whatever the wording.
         facts.setdefault(
             fact.answer.replace(fact.value, "") if len(fact.answer) > len(fact.value) + 8 else fact.question,

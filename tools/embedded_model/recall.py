@@ -7,7 +7,7 @@ ids; lengths are counted by the caller's tokenizer or estimated from characters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from . import wordings as w
@@ -18,6 +18,8 @@ PLAIN_WEIGHT = 1.0
 # What a user says is random by design: little is learned from predicting it.
 TOLD_WEIGHT = 0.25
 CHARACTERS_PER_TOKEN = 3.6
+# Facts that are asked for a second time, in other words.
+ASKED_AGAIN_SHARE = 0.25
 
 
 @dataclass
@@ -89,6 +91,14 @@ def ask_for(conversation: Conversation, random: Random, fact: Fact, split: str) 
     conversation.say("assistant", *weighted_answer(fact))
 
 
+def with_second_questions(random: Random, facts: list[Fact]) -> list[Fact]:
+    """The facts in a random order, some of them twice: the second time with their other question."""
+    facts = [*facts, *(f for f in facts if f.other_question and random.random() < ASKED_AGAIN_SHARE)]
+    random.shuffle(facts)
+    seen: set[int] = set()
+    return [replace(f, question=f.other_question) if id(f) in seen else seen.add(id(f)) or f for f in facts]
+
+
 def sentences_of(prose: str) -> list[str]:
     """Prose cut after full stops, marks and paragraphs; the pieces joined give the prose back."""
     pieces, start = [], 0
@@ -142,7 +152,7 @@ def passage_conversation(random: Random, prose: str, *, num_facts: int, split: s
         conversation.say("system", (random.choice(w.SYSTEM_PROMPTS), TOLD_WEIGHT))
     facts = distinct_facts(random, split, num_facts)
     pieces = hide_facts(random, prose, facts, split)
-    random.shuffle(facts)
+    facts = with_second_questions(random, facts)
     request = random.choice(w.READING_REQUESTS)
     # Only a plain request to wait is answered with "I have read it": whatever else ends a text is a question.
     if random.random() < 0.75:
@@ -176,8 +186,7 @@ def chat_conversation(random: Random, small_talk: list[str], *, num_facts: int, 
     while len(small_talk) >= 2:
         conversation.say("user", (small_talk.pop(0), TOLD_WEIGHT))
         conversation.say("assistant", (small_talk.pop(0), PLAIN_WEIGHT))
-    random.shuffle(waiting)
-    for fact in waiting:
+    for fact in with_second_questions(random, waiting):
         ask_for(conversation, random, fact, split)
     return conversation
 

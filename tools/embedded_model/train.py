@@ -2,23 +2,25 @@
 
 One command on a CPU or a GPU (bf16, compiled). The learning rate rises, stays, and falls in a straight line
 once the run is told to finish: after `--tokens`, or at any time by writing a number of steps into the file
-`ANNEAL` in the work folder. A run that is stopped (SIGTERM, SIGINT) saves itself and goes on from there with
-the same command; nothing depends on the clock.
+`ANNEAL` in the work folder. With `--minutes` the clock decides instead: the last part of the time is the descent,
+however many steps fit. A run that is stopped (SIGTERM, SIGINT) saves itself and goes on from there with the same
+command. `--start` begins with the weights and the tokenizer of a finished model.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from .corpus import RowMaker, read_texts, sample_for_tokenizer
 from .tokenizer import BOS, END, PAD, as_chat_tokenizer, train_tokenizer
@@ -51,11 +53,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learned. `stages` are (row length, tokens until which it holds)."""
+    """Everything that decides what is learned. `stages` are (row lengths, tokens until which they hold).
+
+    The steps of a stage take its row lengths in turn: short rows are cheap, long ones teach recall from afar.
+    """
 
     seed: int = 1
     tokens_per_step: int = 12_288
-    stages: tuple[tuple[int, float], ...] = ((256, 7e6), (512, 9e6), (1024, 14e6), (2048, float("inf")))
+    stages: tuple[tuple[tuple[int, ...], float], ...] = (
+        ((256,), 7e6),
+        ((512,), 9e6),
+        ((1024,), 12e6),
+        ((512, 1024, 512, 1024, 512, 2048), float("inf")),
+    )
     matrix_learning_rate: float = 0.02
     vector_learning_rate: float = 0.003
     weight_decay: float = 0.01
@@ -63,12 +73,24 @@ class Recipe:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if any(self.tokens_per_step % length for length, _ in self.stages):
+        if any(self.tokens_per_step % length for lengths, _ in self.stages for length in lengths):
             raise ValueError(f"tokens_per_step must be a multiple of every row length, got {self.tokens_per_step}")
 
-    def length_at(self, num_tokens: int) -> int:
-        """The row length after `num_tokens` tokens."""
-        return next(length for length, until in self.stages if num_tokens < until)
+    def lengths_at(self, num_tokens: int) -> tuple[int, ...]:
+        """The row lengths after `num_tokens` tokens."""
+        return next(lengths for lengths, until in self.stages if num_tokens < until)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Ends a run at a time: the learning rate falls to zero over the last `descent_seconds`."""
+
+    finish_at: float
+    descent_seconds: float
+
+    def share(self) -> float:
+        """The factor on the learning rates now: 1 before the descent, 0 at the end."""
+        return min(1.0, max(0.0, (self.finish_at - time.monotonic()) / self.descent_seconds))
 
 
 @dataclass
@@ -82,8 +104,10 @@ class Progress:
 
     def learning_rate_share(self, warmup_steps: int) -> float:
         """The factor on the learning rates at the present step: 0..1."""
+        if self.is_done:
+            return 0.0
         if self.anneal_from is not None:
-            return max(0.0, 1 - (self.step - self.anneal_from) / self.anneal_steps)
+            return 1 - (self.step - self.anneal_from) / self.anneal_steps
         return min(1.0, (self.step + 1) / warmup_steps)
 
     @property
@@ -151,18 +175,18 @@ class Trainer:
         token_ids, weights = rows.rows(step=step, num_rows=max(1, num_tokens // length), length=length)
         return torch.from_numpy(token_ids).to(self.device), torch.from_numpy(weights).to(self.device)
 
-    def train_step(self) -> float:
-        """One step; returns its loss."""
+    def train_step(self, max_share: float = 1.0) -> float:
+        """One step with at most `max_share` of the full learning rates; returns its loss."""
         recipe, progress = self.recipe, self.progress
-        share = progress.learning_rate_share(recipe.warmup_steps)
+        share = min(max_share, progress.learning_rate_share(recipe.warmup_steps))
         for optimizer, rate in zip(
             self.optimizers, (recipe.matrix_learning_rate, recipe.vector_learning_rate), strict=True
         ):
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-        token_ids, weights = self._batch(
-            self.rows, progress.step, recipe.tokens_per_step, recipe.length_at(progress.tokens)
-        )
+        lengths = recipe.lengths_at(progress.tokens)
+        length = lengths[progress.step % len(lengths)]
+        token_ids, weights = self._batch(self.rows, progress.step, recipe.tokens_per_step, length)
         with torch.autocast(self.device, torch.bfloat16):
             loss, _ = self._loss(self.model, token_ids, weights)
         loss.backward()
@@ -177,7 +201,7 @@ class Trainer:
     @torch.no_grad()
     def held_out(self, *, num_tokens: int = 12_288) -> tuple[float, float]:
         """Loss on held-out rows, and the share of tokens to be copied that would be chosen."""
-        length = self.recipe.length_at(self.progress.tokens)
+        length = max(self.recipe.lengths_at(self.progress.tokens))
         token_ids, weights = self._batch(self.held_out_rows, 0, num_tokens, length)
         with torch.autocast(self.device, torch.bfloat16):
             loss, is_right = weighted_loss(self.model, token_ids, weights)
@@ -218,6 +242,11 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     chat_tokenizer.save_pretrained(out)
 
 
+def load_weights(model: LlamaForCausalLM, folder: Path) -> None:
+    """Puts the weights of an exported model of the same shape into `model`."""
+    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
 @dataclass
 class Stop:
     """Set by SIGTERM or SIGINT: save and leave after the step in progress."""
@@ -228,7 +257,15 @@ class Stop:
         self.requested = True
 
 
-def run(trainer: Trainer, work: Path, *, max_tokens: float, anneal_steps: int, report_every: int) -> None:
+def run(
+    trainer: Trainer,
+    work: Path,
+    *,
+    max_tokens: float,
+    anneal_steps: int,
+    report_every: int,
+    clock: Clock | None = None,
+) -> None:
     """Trains to the end of the descent or until stopped; keeps `curve.csv` and `checkpoint.pt`."""
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
@@ -241,16 +278,20 @@ def run(trainer: Trainer, work: Path, *, max_tokens: float, anneal_steps: int, r
         if progress.anneal_from is None and ((work / "ANNEAL").exists() or progress.tokens >= max_tokens):
             asked = (work / "ANNEAL").read_text().strip() if (work / "ANNEAL").exists() else ""
             progress.anneal_from, progress.anneal_steps = progress.step, int(asked or anneal_steps)
-        losses.append(trainer.train_step())
+        clock_share = clock.share() if clock else 1.0
+        if clock_share == 0:
+            progress.anneal_from, progress.anneal_steps = progress.step, 0
+        else:
+            losses.append(trainer.train_step(clock_share))
         if progress.step % report_every == 0 or progress.is_done:
             seconds = time.monotonic() - started
             held_out_loss, recall_accuracy = trainer.held_out()
             values = (
                 progress.step,
                 progress.tokens,
-                trainer.recipe.length_at(progress.tokens),
-                f"{progress.learning_rate_share(trainer.recipe.warmup_steps):.3f}",
-                f"{sum(losses) / len(losses):.4f}",
+                max(trainer.recipe.lengths_at(progress.tokens)),
+                f"{min(clock_share, progress.learning_rate_share(trainer.recipe.warmup_steps)):.3f}",
+                f"{sum(losses) / max(1, len(losses)):.4f}",
                 f"{held_out_loss:.4f}",
                 f"{recall_accuracy:.4f}",
                 f"{(progress.tokens - tokens_then) / seconds:.0f}",
@@ -287,6 +328,10 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=float, default=60e6, help="tokens before the final descent (default 60e6)")
     parser.add_argument("--anneal-steps", type=int, default=600, help="steps of the final descent")
+    parser.add_argument("--minutes", type=float, help="finish after this time, descent included, whatever --tokens")
+    parser.add_argument("--descent", type=float, default=0.4, help="part of --minutes for the descent (default 0.4)")
+    parser.add_argument("--start", type=Path, help="folder of a finished model to go on from, at the last stage")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of weights and rows")
     parser.add_argument("--report-every", type=int, default=100, help="steps between reports and checkpoints")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
@@ -295,6 +340,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    clock = None
+    if options.minutes is not None:
+        seconds = 60 * options.minutes
+        clock = Clock(time.monotonic() + seconds, options.descent * seconds)
     options.work.mkdir(parents=True, exist_ok=True)
     checkpoint, shape = options.work / "checkpoint.pt", ModelShape()
     if options.export_only:
@@ -302,9 +351,12 @@ def main() -> None:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["model"])
         export(model, Tokenizer.from_file(str(options.work / "tokenizer.json")), options.out)
         return
+    recipe = Recipe(seed=options.seed)
+    if options.start is not None:
+        recipe = replace(recipe, stages=recipe.stages[-1:])
+        shutil.copy(options.start / "tokenizer.json", options.work / "tokenizer.json")
     texts, held_out_texts = read_texts(options.data)
     tokenizer = load_tokenizer(options.work, texts, shape.vocab_size)
-    recipe = Recipe()
     trainer = Trainer(
         shape=shape,
         recipe=recipe,
@@ -315,10 +367,13 @@ def main() -> None:
     )
     if checkpoint.exists():
         trainer.load(checkpoint)
+    elif options.start is not None:
+        load_weights(trainer.model, options.start)
     run(
         trainer,
         options.work,
-        max_tokens=options.tokens,
+        max_tokens=options.tokens if clock is None else float("inf"),
+        clock=clock,
         anneal_steps=options.anneal_steps,
         report_every=options.report_every,
     )
