@@ -8,6 +8,7 @@ does not know what the kernels compute.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,29 @@ class Launch:
             raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, never compiled")
         with _pretended(arch):
             return self.kernel.warmup(grid=self.grid, **self.arguments)
+
+
+def strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
+    """The strides of the first dims, by the kernel's argument names."""
+    return {f"stride_{name}_{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@cache
+def arch_of(device: torch.device) -> int:
+    """The compute capability, e.g. 90; without a GPU, that of the one to compile for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @contextmanager

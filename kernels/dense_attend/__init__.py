@@ -7,10 +7,11 @@ shape and the winner is kept: an honest rival is the best one.
 
 import torch
 
+from kvlens.kernels import dispatch
 from kvlens.kernels.append_pack import FlushRule, append_pack
 from kvlens.kernels.dense_attend import paths
 from kvlens.kernels.dense_attend.tune import Problem, fastest, is_fastest_in_a_program
-from kvlens.kernels.packed_attend import packed_attend
+from kvlens.kernels.exact_tokens import ExactTokens
 
 _LENGTHS = (512, 2048, 8192, 32768)
 """Lengths at which the candidates are measured; a problem takes the first that is long enough."""
@@ -66,9 +67,10 @@ def step_tasks(
     Shapes: query and output `[B, HQ, D]`, keys and values `[B, HK, D]`, all fp32; buffers and length as in
     `dense_attend`. `length` is brought up to date.
     """
+    from kvlens.kernels.dense_attend.cpu import as_packed
     from kvlens.kernels.packed_attend.tasks import step_tasks
 
-    past, exact = paths.as_packed(*buffers, length)
+    past, exact = as_packed(*buffers, length)
     return step_tasks(query, keys, values, output, past, exact, scaling=scaling)
 
 
@@ -81,10 +83,11 @@ def step_on_device(
     Shapes: query `[B, HQ, D]`, keys and values `[B, HK, D]`, buffers as in `dense_attend`; `length` counts the new
     token already. Our own kernel takes it: torch's attention reads lengths on the host.
     """
-    past, exact = paths.as_packed(*buffers, length)
-    append_pack(keys, values, exact, _NEVER, None)
+    no_sinks = tuple(side[:, :, :0] for side in buffers)
+    append_pack(keys, values, ExactTokens(*buffers, *no_sinks, length), _NEVER, None)
     _chosen[str(query.device)] = "native"
-    return packed_attend(query, past, exact, scaling=scaling).output
+    module = dispatch.implementation("dense_attend", query.device)
+    return module.dense_attend(query, *buffers, length, scaling=scaling)
 
 
 def prepare(keys: torch.Tensor, *, num_query_heads: int) -> None:

@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from kvlens.kernels.dense_attend.paths import PATHS, as_packed
+from kvlens.kernels.dense_attend.cpu import as_packed
+from kvlens.kernels.dense_attend.paths import PATHS
 
 _ROUNDS = 5
 """Timed rounds; each runs every path once, so that a busy moment hits all alike."""

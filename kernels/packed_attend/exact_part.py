@@ -9,7 +9,7 @@ are taken CHUNK at a time to spare registers.
 import triton
 import triton.language as tl
 
-from kvlens.kernels.packed_attend.packed_part import dot
+from kvlens.kernels.split_k import dot
 
 
 @triton.jit

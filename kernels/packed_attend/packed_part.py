@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kvlens.kernels.split_k import dot
+
 
 @triton.jit
 def attend_packed(
@@ -247,11 +249,6 @@ def _restore_values(outputs, weights, words, scale_ptr, minimum_ptr, token, mask
         values = _codes(words, slot, TILING.value_bits) * scale + minimum
         new_outputs += (dot(values.to(TILING.packed_dtype), weights, outputs[slot]),)
     return new_outputs
-
-
-@triton.jit
-def dot(a, b, accumulator=None):
-    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=tl.float32)
 
 
 @triton.jit

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvlens.kernels.compiled import arch_of, num_multiprocessors
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
+from kvlens.kernels.split_k import DOT_ROWS, num_splits_of, padded, product_dtype
 
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-DOT_ROWS = 16  # the least that a tensor-core product takes
 SPLITS = (1, 2, 4, 8, 16)  # groups of a page or token that are parted in registers
 
 
@@ -108,7 +108,7 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, arch
     return _tiling(
         past.layout,
         query.dtype,
-        query.dtype == exact.keys.dtype == exact.values.dtype,
+        product_dtype(query.dtype, exact.keys.dtype, exact.values.dtype),
         *query.shape,
         exact.keys.shape[1],
         past.page_table.shape[1],
@@ -122,7 +122,7 @@ def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, arch
 def _tiling(
     layout: PageLayout,
     dtype: torch.dtype,
-    is_one_dtype: bool,
+    exact_dtype: tl.dtype,
     batch: int,
     num_query_heads: int,
     head_dim: int,
@@ -152,14 +152,8 @@ def _tiling(
     num_sinks, key_ring, value_ring = capacities
     num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), configuration.exact_tokens)
     num_tiles = triton.cdiv(num_pages * key_words, tile_words)
-    num_programs = 2 * configuration.programs * multiprocessors  # two waves
-    num_splits = triton.cdiv(num_programs, max(1, batch * num_kv_heads * head_blocks))
-    num_splits = max(1, min(num_splits, num_tiles, 256))
+    num_splits = num_splits_of(batch * num_kv_heads * head_blocks, num_tiles, configuration.programs * multiprocessors)
 
-    is_interpreted = triton.knobs.runtime.interpret
-    exact_dtype = DTYPES[dtype] if is_one_dtype else tl.float32
-    if is_interpreted and exact_dtype == tl.bfloat16:
-        exact_dtype = tl.float32  # the interpreter's bf16 products are wrong
     return Tiling(
         head_dim=head_dim,
         num_kv_heads=num_kv_heads,
@@ -205,12 +199,8 @@ def _tiling(
         num_stages=configuration.num_stages,
         packed_dtype=tl.float32 if dtype == torch.float32 else tl.float16,
         exact_dtype=exact_dtype,
-        is_interpreted=is_interpreted,
+        is_interpreted=triton.knobs.runtime.interpret,
     )
-
-
-def padded(size: int) -> int:
-    return max(DOT_ROWS, triton.next_power_of_2(size))
 
 
 def _configuration(arch: int, key_bits: int, head_dim: int) -> Configuration:
@@ -220,16 +210,3 @@ def _configuration(arch: int, key_bits: int, head_dim: int) -> Configuration:
         if arch >= least_arch and bits in (None, key_bits) and dim in (None, head_dim):
             return configuration
     raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
-
-
-@cache
-def arch_of(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@cache
-def num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

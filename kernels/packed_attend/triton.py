@@ -37,31 +37,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import Launch
+from kvlens.kernels.compiled import Launch, rows_contiguous, strides
 from kvlens.kernels.packed_attend import Attended, ExactTokens, PackedPast
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.packed_attend.packed_part import attend_packed
 from kvlens.kernels.packed_attend.tiling import tiling_of
 from kvlens.kernels.quantize_pack import Packed
-
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def store_part(
-    output_ptr, log_sum_exp_ptr, mask_n, maximum, total, outputs,
-    NUM_BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, TILING: tl.constexpr,
-):  # fmt: skip
-    """Store a part: outputs, NUM_BLOCKS blocks of (at least) CHANNELS channels `[C, N]`, divided by total."""
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)
-    for block in tl.static_range(NUM_BLOCKS):
-        offs_c = tl.arange(0, outputs[block].shape[0])
-        mask_c = (offs_c < CHANNELS) & (block * CHANNELS + offs_c < TILING.head_dim)
-        tl.store(
-            output_ptr[None, :] + (block * CHANNELS + offs_c)[:, None], outputs[block] * share[None, :],
-            mask=mask_n[None, :] & mask_c[:, None],
-        )  # fmt: skip
-    tl.store(log_sum_exp_ptr, maximum + tl.log2(total), mask=mask_n)
+from kvlens.kernels.split_k import LOG2_E, empty_parts, empty_result, merge, store_part
 
 
 @triton.jit
@@ -117,7 +99,7 @@ def _attend_kernel(
         )  # fmt: skip
         store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, chunks,
-            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING,
+            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING.head_dim,
         )  # fmt: skip
     else:
         maximum, total, slots = attend_packed(
@@ -129,44 +111,8 @@ def _attend_kernel(
         )  # fmt: skip
         store_part(
             part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, slots,
-            TILING.value_slots, TILING.value_words, TILING,
+            TILING.value_slots, TILING.value_words, TILING.head_dim,
         )  # fmt: skip
-
-
-@triton.jit
-def _merge_kernel(
-    part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
-    NUM_PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The parts of one query head as one softmax: each weighs 2^(its log-sum-exp - the largest)."""
-    head = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_p = tl.arange(0, BLOCK_PARTS)
-    maximum = float("-inf")
-    for first in range(0, NUM_PARTS, BLOCK_PARTS):
-        log_sum_exp = tl.load(
-            part_log_sum_exp_ptr + head * NUM_PARTS + first + offs_p,
-            mask=first + offs_p < NUM_PARTS, other=float("-inf"),
-        )  # fmt: skip
-        maximum = tl.maximum(maximum, tl.max(log_sum_exp, axis=0))
-    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = 0.0
-    output = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, NUM_PARTS, BLOCK_PARTS):
-        part = first + offs_p
-        log_sum_exp = tl.load(
-            part_log_sum_exp_ptr + head * NUM_PARTS + part, mask=part < NUM_PARTS, other=float("-inf")
-        )
-        weights = tl.exp2(log_sum_exp - reference)
-        part_outputs = tl.load(
-            part_output_ptr + (head * NUM_PARTS + part)[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=(weights > 0.0)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        total += tl.sum(weights, axis=0)
-        output += tl.sum(weights[:, None] * part_outputs, axis=0)
-    output /= tl.where(total == 0.0, 1.0, total)
-    tl.store(output_ptr + head * HEAD_DIM + offs_d, output, mask=offs_d < HEAD_DIM)
-    tl.store(log_sum_exp_ptr + head, (reference + tl.log2(total)) * 0.6931471805599453)
 
 
 def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
@@ -182,7 +128,6 @@ def prepare(
     query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float, arch: int | None = None
 ) -> tuple[Attended, tuple[Launch, ...]]:
     """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU)."""
-    batch, num_query_heads, head_dim = query.shape
     tiling = tiling_of(query, past, exact, arch=arch)
     query = rows_contiguous(query)
     key_codes, key_scale, key_minimum = _pages_contiguous(past.keys)
@@ -191,16 +136,11 @@ def prepare(
     sink_keys, sink_values = rows_contiguous(exact.sink_keys), rows_contiguous(exact.sink_values)
     page_table = rows_contiguous(past.page_table)
 
-    heads = (batch, num_query_heads)
-    part_output = query.new_empty((*heads, tiling.num_parts, head_dim), dtype=torch.float32)
-    part_log_sum_exp = query.new_empty((*heads, tiling.num_parts), dtype=torch.float32)
-    result = Attended(
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        query.new_empty(heads, dtype=torch.float32),
-    )
+    part_output, part_log_sum_exp = empty_parts(query, tiling.num_parts)
+    result = empty_result(query)
     attend = Launch(
         _attend_kernel,
-        (batch * tiling.num_kv_heads * tiling.head_blocks, tiling.num_parts),
+        (len(query) * tiling.num_kv_heads * tiling.head_blocks, tiling.num_parts),
         {
             "query_ptr": query,
             "scaling": float(scaling) * LOG2_E,
@@ -235,32 +175,7 @@ def prepare(
             "enable_fp_fusion": True,
         },
     )
-    merge = Launch(
-        _merge_kernel,
-        (batch * num_query_heads,),
-        {
-            "part_output_ptr": part_output,
-            "part_log_sum_exp_ptr": part_log_sum_exp,
-            "output_ptr": result.output,
-            "log_sum_exp_ptr": result.log_sum_exp,
-            "NUM_PARTS": tiling.num_parts,
-            "BLOCK_PARTS": 32,
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": tiling.block_d,
-            "num_warps": 4,
-            "enable_fp_fusion": True,
-        },
-    )
-    return result, (attend, merge)
-
-
-def strides(name: str, tensor: torch.Tensor, *dims: str) -> dict[str, int]:
-    """The strides of the first dims, by the kernel's argument names."""
-    return {f"stride_{name}_{dim}": tensor.stride(i) for i, dim in enumerate(dims)}
-
-
-def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return result, (attend, merge(part_output, part_log_sum_exp, result))
 
 
 def _pages_contiguous(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

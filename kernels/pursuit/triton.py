@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 
 from kvlens.kernels import dispatch
-from kvlens.kernels.compiled import Launch
-from kvlens.kernels.packed_attend.tiling import arch_of
+from kvlens.kernels.compiled import Launch, arch_of
 from kvlens.kernels.pursuit import SparseCodes, reference
 from kvlens.kernels.pursuit.reference import MIN_PIVOT
 

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.packed_attend.tiling import DTYPES, arch_of, num_multiprocessors, padded
+from kvlens.kernels.compiled import arch_of, num_multiprocessors
 from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast
+from kvlens.kernels.split_k import num_splits_of, padded, product_dtype
 
 MAX_LANES = 16
 PROGRAMS = 16  # of one warp each, that run at once on a multiprocessor
@@ -71,7 +72,7 @@ def tiling_of(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, arch
         raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
     return _tiling(
         past.layout,
-        DTYPES[query.dtype] if query.dtype == exact.keys.dtype == exact.values.dtype else tl.float32,
+        product_dtype(query.dtype, exact.keys.dtype, exact.values.dtype),
         *query.shape,
         exact.keys.shape[1],
         (0 if past.turn else len(past.keys.dictionary), len(past.values.dictionary)),
@@ -105,12 +106,10 @@ def _tiling(
     num_sinks, key_ring, value_ring = capacities
     exact_tokens = 64 if is_interpreted else 16
     num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), exact_tokens)
-    num_programs = 2 if is_interpreted else 2 * PROGRAMS * multiprocessors
-    num_splits = triton.cdiv(num_programs, max(1, batch * num_kv_heads * head_blocks))
-    num_splits = max(1, min(num_splits, triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS), 256))
+    num_tiles = triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS)
+    at_once = 1 if is_interpreted else PROGRAMS * multiprocessors
+    num_splits = num_splits_of(batch * num_kv_heads * head_blocks, num_tiles, at_once)
     part_channels = head_dim // layout.value_parts
-    if is_interpreted and exact_dtype == tl.bfloat16:
-        exact_dtype = tl.float32  # the interpreter's bf16 products are wrong
     return Tiling(
         head_dim=head_dim,
         num_kv_heads=num_kv_heads,
@@ -129,7 +128,7 @@ def _tiling(
         turned_channels=turned_channels,
         has_key_means=has_means[0],
         turn_channels=TURN_CHANNELS,
-        num_tiles=triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS) if turned_channels else 0,
+        num_tiles=num_tiles if turned_channels else 0,
         lanes=lanes,
         block_heads=max(8, lanes),
         head_blocks=head_blocks,

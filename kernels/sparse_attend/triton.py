@@ -30,10 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import Launch
+from kvlens.kernels.compiled import Launch, rows_contiguous, strides
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.packed_attend.exact_part import attend_exact
-from kvlens.kernels.packed_attend.triton import LOG2_E, rows_contiguous, store_part, strides
 from kvlens.kernels.sparse_attend import SparsePast, waves
 from kvlens.kernels.sparse_attend.coded_part import (
     atoms_of,
@@ -49,6 +48,7 @@ from kvlens.kernels.sparse_attend.coded_part import (
 )
 from kvlens.kernels.sparse_attend.tiling import DICTIONARY_ATOMS, Tiling, tiling_of
 from kvlens.kernels.sparse_attend.turned_part import turned_scores_of
+from kvlens.kernels.split_k import LOG2_E, empty_result, store_part
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _weigh_kernel(
         store_part(
             part_output_ptr + (row_head * TILING.num_exact_parts + part) * TILING.head_dim,
             part_log_sum_exp_ptr + row_head * TILING.num_parts + part, mask_n, maximum, total, chunks,
-            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING,
+            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING.head_dim,
         )  # fmt: skip
     else:
         highest = tl.full((TILING.lanes,), -1e30, tl.float32)  # finite: no difference is inf - inf
@@ -290,7 +290,7 @@ def prepare(
     accumulators = numbers(blocks, tiling.value_parts, tiling.num_value_atoms, tiling.lanes)
     part_output = numbers(*heads, tiling.num_exact_parts, head_dim)
     part_log_sum_exp = numbers(*heads, tiling.num_parts)
-    result = Attended(torch.empty(query.shape, dtype=query.dtype, device=query.device), numbers(*heads))
+    result = empty_result(query)
     scale = float(scaling) * LOG2_E
     own = {"TILING": tiling, "num_warps": 1, "enable_fp_fusion": True}
     products = own | {"BLOCK_ATOMS": DICTIONARY_ATOMS, "num_warps": 4}

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import AttendCase, attend_cases, build_attend, quantize_cases
+from dense_cases import DenseCase, build_dense, dense_cases
 from pursuit_checks import (
     HALF_TOLERANCE,
     MODES,
@@ -20,6 +21,7 @@ from pursuit_checks import (
 from sparse_cases import SparseCase, build_sparse, sparse_cases
 from triton_checks import (
     check_attend,
+    check_dense,
     check_quantize,
     check_sparse,
     compare_attend,
@@ -27,6 +29,8 @@ from triton_checks import (
     triton_sparse_cases,
 )
 
+from kvlens.kernels.dense_attend import reference as dense_reference
+from kvlens.kernels.dense_attend import triton as dense_triton
 from kvlens.kernels.packed_attend import PackedPast, packed_attend, reference
 from kvlens.kernels.pursuit import pursue
 from kvlens.kernels.quantize_pack import Packed, quantize_pack
@@ -195,6 +199,47 @@ def test_pages_beyond_two_to_the_31_words():
 def test_non_contiguous_query_and_rings():
     inputs = build_attend(replace(LARGE, strides="sliced", num_sinks=4), device="cuda")
     compare_attend(inputs, LARGE.dtype)
+
+
+LARGE_DENSE = DenseCase("large", (8000, 0, 5000, 129), 8192, num_query_heads=32, num_kv_heads=8, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *dense_cases(),
+        *(
+            replace(LARGE_DENSE, num_kv_heads=heads, head_dim=dim, dtype=dtype)
+            for heads in (2, 8, 32)
+            for dim in (64, 96, 128, 256)
+            for dtype in (torch.float16, torch.bfloat16)
+        ),
+        replace(LARGE_DENSE, name="large_sliced", strides="sliced"),
+        DenseCase("many_sequences", tuple(range(0, 320, 2)), num_query_heads=32, num_kv_heads=32),
+    ],
+    ids=str,
+)
+def test_dense_attend(case):
+    check_dense(case, "cuda")
+
+
+def test_dense_attention_does_not_wait_and_follows_the_lengths_in_a_cuda_graph():
+    inputs = build_dense(replace(LARGE_DENSE, lengths=(8192,) * 4), device="cuda")
+    tensors = (inputs.query, inputs.keys, inputs.values, inputs.length)
+    dense_triton.dense_attend(*tensors, scaling=inputs.scaling)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dense_triton.dense_attend(*tensors, scaling=inputs.scaling)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = dense_triton.dense_attend(*tensors, scaling=inputs.scaling)
+    for lengths in [(8192, 1, 0, 300), (17, 4097, 8191, 64)]:
+        inputs.length.copy_(torch.tensor(lengths))
+        graph.replay()
+        expected = dense_reference.dense_attend(*tensors, scaling=inputs.scaling)
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
 LARGE_SPARSE = SparseCase(

@@ -8,7 +8,16 @@ import os
 import pytest
 import torch
 
-from benchmarks.instructions import SHIPPED, Shape, compile_attend, empty_inputs, inspect
+from benchmarks.instructions import (
+    SHIPPED,
+    Shape,
+    compile_attend,
+    disassemble,
+    empty_inputs,
+    inspect,
+    longest_loop,
+)
+from kvlens.kernels.dense_attend import triton as dense_attend
 from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import triton as packed_attend
 from kvlens.kernels.packed_attend.tiling import tiling_of
@@ -57,6 +66,30 @@ def test_attention_compiles_for_every_layout(shape):
     _, launches = packed_attend.prepare(*empty_inputs(shape), scaling=1.0, arch=90)
     for launch in launches:
         assert launch.compile(90).asm["cubin"]
+
+
+DENSE_TO_COMPILE = [
+    (arch, dim, heads, dtype)
+    for arch in (80, 90, 120)
+    for dim, heads, dtype in [
+        (64, 8, torch.bfloat16), (96, 32, torch.float16), (128, 32, torch.float16), (128, 8, torch.bfloat16),
+        (128, 2, torch.float16), (256, 2, torch.bfloat16), (256, 32, torch.float16),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("to_compile", DENSE_TO_COMPILE, ids=str)
+def test_dense_attention_streams_tiles_and_spills_nothing(to_compile):
+    arch, head_dim, num_kv_heads, dtype = to_compile
+    query, keys = torch.empty(1, 32, head_dim, dtype=dtype), torch.empty(1, num_kv_heads, 4096, head_dim, dtype=dtype)
+    length = torch.empty(1, dtype=torch.int32)
+    _, launches = dense_attend.prepare(query, keys, keys, length, scaling=1.0, arch=arch)
+    cubins = [launch.compile(arch).asm["cubin"] for launch in launches]
+    assert [inspect(cubin)["STACK"] for cubin in cubins] == [0] * len(cubins)
+    loop = longest_loop(disassemble(cubins[0]))
+    assert any(name.startswith(("HMMA", "HGMMA")) for name in loop), "the products must be on the tensor cores"
+    assert any(name.startswith("LDGSTS") and name.endswith("128") for name in loop), "tiles must be copied ahead"
+    assert not any(name.startswith("LDG.") for name in loop), "all of them"
 
 
 def empty_sparse_inputs(

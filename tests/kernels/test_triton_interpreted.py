@@ -28,8 +28,9 @@ else:
 
     from any_layout import check_any_layout, check_any_sparse_layout
     from cases import quantize_cases
+    from dense_cases import dense_cases
     from pursuit_checks import MODES, check_pursuit, pursuit_cases
-    from triton_checks import check_attend, check_quantize, check_sparse, triton_cases, triton_sparse_cases
+    from triton_checks import check_attend, check_dense, check_quantize, check_sparse, triton_cases, triton_sparse_cases
 
     name = attrgetter("name")
 
@@ -48,6 +49,10 @@ else:
 
     def test_packed_attend_of_any_layout():
         check_any_layout("cpu", max_examples=10)
+
+    @pytest.mark.parametrize("case", dense_cases(), ids=name)
+    def test_dense_attend(case):
+        check_dense(case, "cpu")
 
     @pytest.mark.parametrize("case", [case for case in triton_sparse_cases() if case.name not in LEFT_OUT], ids=name)
     def test_sparse_attend(case):

@@ -16,8 +16,11 @@ from cases import (
     build_attend,
     build_values,
 )
+from dense_cases import DenseCase, build_dense
 from sparse_cases import SparseCase, SparseInputs, build_sparse, sparse_cases
 
+from kvlens.kernels.dense_attend import reference as dense_reference
+from kvlens.kernels.dense_attend import triton as dense_triton
 from kvlens.kernels.packed_attend import reference as attend_reference
 from kvlens.kernels.packed_attend import triton as attend_triton
 from kvlens.kernels.quantize_pack import reference as quantize_reference
@@ -97,6 +100,28 @@ def compare_sparse(inputs: SparseInputs) -> None:
     half = dtype in (torch.float16, torch.bfloat16)
     tolerance = HALF_LOG_SUM_EXP_TOLERANCE if half else LOG_SUM_EXP_TOLERANCE
     torch.testing.assert_close(got.log_sum_exp, expected.log_sum_exp, **tolerance)
+
+
+def check_dense(case: DenseCase, device: str) -> None:
+    """`dense_attend` equals its reference, with every byte of its own memory NaN beforehand."""
+    inputs = build_dense(case, device=device)
+    tensors = (inputs.query, inputs.keys, inputs.values, inputs.length)
+    expected = dense_reference.dense_attend(*tensors, scaling=inputs.scaling)
+    got, launches = dense_triton.prepare(*tensors, scaling=inputs.scaling)
+    for launch in launches:
+        launch.arguments["part_output_ptr"].fill_(torch.nan)
+        launch.arguments["part_log_sum_exp_ptr"].fill_(torch.nan)
+    got.output.fill_(torch.nan)
+    got.log_sum_exp.fill_(torch.nan)
+    for launch in launches:
+        launch.run()
+    assert got.output.dtype == case.dtype
+    torch.testing.assert_close(got.output, expected, **OUTPUT_TOLERANCES[case.dtype])
+    for row, length in enumerate(case.lengths):
+        queries = inputs.query[row].float().unflatten(0, (case.num_kv_heads, -1))
+        scores = inputs.scaling * queries @ inputs.keys[row, :, :length].float().transpose(-1, -2)
+        log_sum_exp = scores.logsumexp(dim=-1).flatten()
+        torch.testing.assert_close(got.log_sum_exp[row], log_sum_exp, **LOG_SUM_EXP_TOLERANCE)
 
 
 def check_quantize(case: QuantizeCase, device: str) -> None:
