@@ -17,7 +17,7 @@ from kvlens.kernels import dispatch
 from kvlens.kernels.exact_tokens import Attended, ExactTokens, KnownShapes, check_exact, check_shape
 from kvlens.kernels.quantize_pack import Packed
 
-__all__ = ["Attended", "ExactTokens", "PackedPast", "PageLayout", "packed_attend"]
+__all__ = ["Attended", "ExactTokens", "PackedPast", "PageLayout", "check_past", "packed_attend"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,18 @@ def _check(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
 
 def _compare(query: torch.Tensor, past: PackedPast, exact: ExactTokens) -> None:
     check_exact(query, exact)
-    batch, _, head_dim = query.shape
-    num_kv_heads, layout = exact.keys.shape[1], past.layout
+    check_past(past, len(query), exact.keys.shape[1], query.shape[-1])
+
+
+def check_past(past: PackedPast, batch: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raises: ValueError where the packed tokens have other shapes than such a cache's."""
+    layout = past.layout
     check_shape("past.num_keys", past.num_keys, (batch,))
     check_shape("past.num_values", past.num_values, (batch,))
     check_shape("past.page_table", past.page_table, (batch, None))
-    key_words, value_words = layout.page_tokens * layout.key_bits // 16, head_dim * layout.value_bits // 16
-    check_shape("past.keys.codes", past.keys.codes, (None, num_kv_heads, head_dim, key_words))
-    check_shape("past.values.codes", past.values.codes, (None, num_kv_heads, layout.page_tokens, value_words))
+    for name, packed, num_rows, row, bits, group_size in (
+        ("keys", past.keys, head_dim, layout.page_tokens, layout.key_bits, layout.key_group_size),
+        ("values", past.values, layout.page_tokens, head_dim, layout.value_bits, layout.value_group_size),
+    ):
+        for part, size in (("codes", row * bits // 16), ("scale", row // group_size), ("minimum", row // group_size)):
+            check_shape(f"past.{name}.{part}", getattr(packed, part), (None, num_kv_heads, num_rows, size))

@@ -26,11 +26,21 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from operator import attrgetter
 
+    from any_append import check_any_append
     from any_layout import check_any_layout, check_any_sparse_layout
+    from append_checks import append_cases, check_append
     from cases import quantize_cases
     from dense_cases import dense_cases
     from pursuit_checks import MODES, check_pursuit, pursuit_cases
-    from triton_checks import check_attend, check_dense, check_quantize, check_sparse, triton_cases, triton_sparse_cases
+    from triton_checks import (
+        append_step,
+        check_attend,
+        check_dense,
+        check_quantize,
+        check_sparse,
+        triton_cases,
+        triton_sparse_cases,
+    )
 
     name = attrgetter("name")
 
@@ -69,3 +79,18 @@ else:
     @pytest.mark.parametrize("case", [case for case in pursuit_cases() if case.name not in LEFT_OUT], ids=name)
     def test_pursuit(case, mode):
         check_pursuit(case, mode, "cpu")
+
+    # fp32 is cut to bf16 here, where a GPU rounds it
+    @pytest.mark.parametrize("case", [case for case in append_cases() if case.name != "rounded_to_bf16"], ids=name)
+    def test_append_pack(case):
+        check_append(case, append_step)
+
+    def test_append_pack_by_few_programs(monkeypatch):
+        """Where sequences are many a program takes several blocks."""
+        monkeypatch.setattr("kvlens.kernels.append_pack.triton.PROGRAMS", 1)
+        for case in append_cases():
+            if case.name in ("paper", "flush_over_pages"):
+                check_append(case, append_step)
+
+    def test_append_pack_of_any_layout():
+        check_any_append(append_step, max_examples=8)

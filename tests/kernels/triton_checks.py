@@ -6,6 +6,7 @@ Functions here are called by `test_triton_interpreted.py` and `test_gpu.py`, whi
 from dataclasses import replace
 
 import torch
+from append_checks import Step
 from cases import (
     LOG_SUM_EXP_TOLERANCE,
     OUTPUT_TOLERANCES,
@@ -19,8 +20,11 @@ from cases import (
 from dense_cases import DenseCase, build_dense
 from sparse_cases import SparseCase, SparseInputs, build_sparse, sparse_cases
 
+from kvlens.kernels.append_pack import FlushRule
+from kvlens.kernels.append_pack import triton as append_triton
 from kvlens.kernels.dense_attend import reference as dense_reference
 from kvlens.kernels.dense_attend import triton as dense_triton
+from kvlens.kernels.packed_attend import ExactTokens, PackedPast
 from kvlens.kernels.packed_attend import reference as attend_reference
 from kvlens.kernels.packed_attend import triton as attend_triton
 from kvlens.kernels.quantize_pack import reference as quantize_reference
@@ -136,3 +140,11 @@ def check_quantize(case: QuantizeCase, device: str) -> None:
         launch.run()
     for name in ("codes", "scale", "minimum"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=0, atol=0)
+
+
+def append_step(
+    keys: torch.Tensor, values: torch.Tensor, exact: ExactTokens, rule: FlushRule, past: PackedPast | None
+) -> Step:
+    """The one launch of `append_pack`, prepared once for all steps."""
+    (launch,) = append_triton.prepare(keys, values, exact, rule, past)
+    return launch.run
