@@ -7,13 +7,13 @@ This module does not know what a weight is for.
 """
 
 import math
-from itertools import chain
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from kvlens.kernels.native.vectors import (
+    CACHE_LINE_BYTES,
     ELEMENT_BYTES,
     NUM_LANES,
     Lanes,
@@ -25,7 +25,11 @@ from kvlens.kernels.native.vectors import (
 )
 
 ROWS_TOGETHER = 8
-"""Products that are summed up side by side: enough to hide the latency of an addition."""
+"""Rows whose sums are folded into one vector."""
+SUMS = 4
+"""Sums of a vector that grow side by side: enough to hide the latency of an addition."""
+AHEAD_BYTES = 2048
+"""How far ahead of its use a weight is asked for."""
 
 
 def _plus(builder, address: ir.Value, index: ir.Value, stride) -> ir.Value:
@@ -36,6 +40,20 @@ def _plus(builder, address: ir.Value, index: ir.Value, stride) -> ir.Value:
 def _vectors(builder, count: ir.Value):
     """Loop over the places of `count` values, sixteen at a time."""
     return cgutils.for_range_slice(builder, count.type(0), count, count.type(NUM_LANES))
+
+
+def _zero(builder) -> ir.Value:
+    """Where sixteen sums grow, from 0."""
+    zero = splat(builder, 0.0).value
+    place = cgutils.alloca_once(builder, zero.type)
+    builder.store(zero, place)
+    return place
+
+
+def _total(builder, places: list[ir.Value]) -> Lanes:
+    """The vectors at these places, added up."""
+    first, *others = (Lanes(builder, builder.load(place)) for place in places)
+    return sum(others, start=first)
 
 
 def _sums(rows: list[Lanes]) -> Lanes:
@@ -60,44 +78,56 @@ def multiply_rows(
 ):
     """products[v, r] = sum(rows[r] * vectors[v]) for `count` rows, a multiple of eight, and one, two or four vectors.
 
-    A weight is read and widened once for all vectors. Shapes: rows `[count, columns]`; the strides of vectors and
-    products are given.
+    A weight is read and widened once for all vectors. Rows are read from their first weight to their last, one
+    after the other (two at a time where several vectors share them): a stream that the processor foresees.
+    Shapes: rows `[count, columns]`; the strides of vectors and products are given.
     """
     literals = [element, num_vectors]
     if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
         return None
     kind, together = (literal.literal_value for literal in literals)
-    # As many sums as registers hold beside what is multiplied.
-    rows_here = ROWS_TOGETHER if together <= 2 else ROWS_TOGETHER // 2
+    rows_here = 1 if together == 1 else 2
 
     def codegen(context, builder, signature, values):
         rows, row_bytes, count, columns, vectors, vector_bytes, products, product_bytes, *_ = values
         sources = [_plus(builder, vectors, vectors.type(index), vector_bytes) for index in range(together)]
         targets = [_plus(builder, products, products.type(index), product_bytes) for index in range(together)]
-        totals = [
-            [cgutils.alloca_once(builder, splat(builder, 0.0).value.type) for _ in range(rows_here)] for _ in sources
-        ]
-        with cgutils.for_range_slice(builder, count.type(0), count, count.type(rows_here)) as (row, _):
+        width = SUMS // rows_here
+        run = columns.type(NUM_LANES * width)
+        whole = builder.mul(builder.udiv(columns, run), run)
+
+        def sums_of(places: list[ir.Value]) -> list[list[Lanes]]:
+            """The products of these rows with each vector, still in lanes."""
+            totals = [[[_zero(builder) for _ in range(width)] for _ in places] for _ in sources]
+
+            def step(column, num_parts: int) -> None:
+                for part in range(num_parts):
+                    here = builder.add(column, column.type(NUM_LANES * part))
+                    factors = [load_floats(builder, _plus(builder, place, here, 4), NUM_LANES) for place in sources]
+                    for row, place in enumerate(places):
+                        address = _plus(builder, place, here, ELEMENT_BYTES[kind])
+                        weights = load_floats(builder, address, NUM_LANES, element=kind)
+                        if part * NUM_LANES * ELEMENT_BYTES[kind] % CACHE_LINE_BYTES == 0:
+                            prefetch(builder, builder.add(address, address.type(AHEAD_BYTES)), 1)
+                        for factor, sums in zip(factors, totals, strict=True):
+                            more = weights.times_plus(factor, Lanes(builder, builder.load(sums[row][part])))
+                            builder.store(more.value, sums[row][part])
+
+            with cgutils.for_range_slice(builder, columns.type(0), whole, run) as (column, _):
+                step(column, width)
+            with cgutils.for_range_slice(builder, whole, columns, columns.type(NUM_LANES)) as (column, _):
+                step(column, 1)
+            return [[_total(builder, parts) for parts in rows] for rows in totals]
+
+        with cgutils.for_range_slice(builder, count.type(0), count, count.type(ROWS_TOGETHER)) as (row, _):
             first = _plus(builder, rows, row, row_bytes)
-            places = [_plus(builder, first, row.type(index), row_bytes) for index in range(rows_here)]
-            ahead = builder.mul(row_bytes, row_bytes.type(rows_here))
-            for total in chain(*totals):
-                builder.store(splat(builder, 0.0).value, total)
-            with _vectors(builder, columns) as (column, _):
-                factors = [load_floats(builder, _plus(builder, place, column, 4), NUM_LANES) for place in sources]
-                for index, place in enumerate(places):
-                    here = _plus(builder, place, column, ELEMENT_BYTES[kind])
-                    weights = load_floats(builder, here, NUM_LANES, element=kind)
-                    prefetch(builder, builder.add(here, ahead), 1)
-                    for factor, sums in zip(factors, totals, strict=True):
-                        more = weights.times_plus(factor, Lanes(builder, builder.load(sums[index])))
-                        builder.store(more.value, sums[index])
-            found = [Lanes(builder, builder.load(total)) for total in chain(*totals)]
-            folded = [_sums(found[start : start + ROWS_TOGETHER]) for start in range(0, len(found), ROWS_TOGETHER)]
-            for index, target in enumerate(targets):
-                lanes, first_lane = divmod(index * rows_here, ROWS_TOGETHER)
-                sums = folded[lanes].pick(list(range(first_lane, first_lane + rows_here)))
-                store_floats(builder, sums, _plus(builder, target, row, 4))
+            places = [_plus(builder, first, row.type(index), row_bytes) for index in range(ROWS_TOGETHER)]
+            found: list[list[Lanes]] = [[] for _ in sources]
+            for start in range(0, ROWS_TOGETHER, rows_here):
+                for all_rows, more in zip(found, sums_of(places[start : start + rows_here]), strict=True):
+                    all_rows += more
+            for all_rows, target in zip(found, targets, strict=True):
+                store_floats(builder, _sums(all_rows), _plus(builder, target, row, 4))
         return context.get_dummy_value()
 
     parameters = (rows, row_bytes, count, columns, vectors, vector_bytes, products, product_bytes, *literals)
