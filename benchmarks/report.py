@@ -18,23 +18,31 @@ def show(rows: Sequence[object]) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print()
+    print(flush=True)
 
 
 def save(name: str, rows: Sequence[object], device: torch.device | str = "cpu") -> Path:
     """Write rows with their conditions to `results/<name>.csv`; gives the path."""
     if not rows or not is_dataclass(rows[0]):
         raise ValueError(f"rows must be dataclasses, at least one; got {rows!r}")
-    path = RESULTS / f"{name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    given = conditions(device)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), *given])
-        writer.writeheader()
-        writer.writerows(asdict(row) | given for row in rows)
+    path, given = RESULTS / f"{name}.csv", conditions(device)
+    write(path, [asdict(row) | given for row in rows])
     print(f"saved {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}\n")
     return path
 
 
+def write(path: Path, rows: Sequence[dict]) -> None:
+    """A CSV of rows that have the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def _text(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value}"
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value}"

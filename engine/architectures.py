@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvlens.engine import bridge
-from kvlens.engine.model import LoadedModel
+from kvlens.engine.facts import StandInFacts
+from kvlens.engine.model import LoadedModel, take_short_way
 from kvlens.engine.shape import ModelShape
 
 
@@ -58,15 +59,22 @@ ARCHITECTURES = {
 
 
 def random_model(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """The whole network with random weights, for measuring: it has no tokenizer and says nothing that makes sense."""
+    """The whole network with random weights, for measuring: it has no tokenizer and says nothing that makes sense.
+
+    Its dictionaries are random too. On a GPU it takes the short way of a decode step as a loaded model does.
+    """
     bridge.install()
     config = architecture.config()
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=bridge.NAME).eval()
-    return LoadedModel(
+    model = LoadedModel(
         name=architecture.name, network=network, tokenizer=None, shape=architecture.shape, device=device, dtype=dtype,
         max_context=architecture.max_context,
     )  # fmt: skip
+    model.facts = StandInFacts(architecture.shape, device=device)
+    if device.type == "cuda":
+        take_short_way(model, dtype)
+    return model
 
 
 def has_room(architecture: Architecture, device: torch.device, kv_bytes: int) -> bool:

@@ -180,7 +180,7 @@ def load_model(
     with _kernels_watched(target, say):
         say(f"Checking that {label} gives the same answer through the bridge")
         _self_test(model)
-        _take_short_way(model, stored_dtype)
+        take_short_way(model, stored_dtype)
         say(f"Preparing the kernels for {label}")
         warm_up_methods(model)
     return model
@@ -293,7 +293,7 @@ def _self_test(model: LoadedModel) -> None:
         )
 
 
-def _take_short_way(model: LoadedModel, stored_dtype: torch.dtype | None) -> None:
+def take_short_way(model: LoadedModel, stored_dtype: torch.dtype | None) -> None:
     """Give the model its short step if it has one and its logits are the network's; else note why not."""
     try:
         step, tolerance = _short_step(model, stored_dtype)

@@ -30,8 +30,8 @@ TIMED_STEPS = 12 * ROUND_STEPS
 CELL_SECONDS = 1.5
 """A slow cell takes fewer rounds: after this long one is enough."""
 
-FILL_TOKENS = 8192
-"""Tokens of all sequences that one piece of a prompt has: a stop takes effect between pieces."""
+FILL_TOKENS = {"cpu": 8192, "cuda": 2**18}
+"""Tokens of all sequences that one piece of a prompt has, by device: a stop takes effect between pieces."""
 
 MIN_CONTEXT = 16 * ROUND_STEPS
 
@@ -108,7 +108,7 @@ class FilledCell:
         cache.reserve(cell.context_tokens)
         num_tokens = cell.context_tokens - ROUND_STEPS
         keys, values = random_prompt(cache.shape, num_tokens, dtype=cache.dtype, device=cache.device)
-        chunk = max(1, FILL_TOKENS // cell.batch_size)
+        chunk = max(1, FILL_TOKENS[self.bench.device.type] // cell.batch_size)
         for layer in range(cache.shape.num_layers):
             for pieces in zip(keys.split(chunk, dim=2), values.split(chunk, dim=2), strict=True):
                 cache.append(layer, *(piece.expand(cell.batch_size, -1, -1, -1) for piece in pieces))

@@ -102,7 +102,7 @@ def test_every_timed_step_is_one_of_the_last_before_the_context(network, monkeyp
 def test_a_prompt_in_pieces_is_stored_as_one_in_a_piece(network, monkeypatch, candidate):
     tiles = []
     for size in (10**6, 100):
-        monkeypatch.setattr(throughput, "FILL_TOKENS", size)
+        monkeypatch.setitem(throughput.FILL_TOKENS, "cpu", size)
         filled = FilledCell(network, Cell(candidate, 300, 2))
         assert len(list(filled.fill())) == 2 * (1 if size > 1000 else 6)
         tiles.append(filled.cache.rebuild(1, 1, 0, 300 - 8))
