@@ -9,10 +9,10 @@ hands the exact tokens to the method, which packs what it packs; from then on ea
 attended to in one `step`, straight from the packed form.
 
 A method implements `reserve`, `store`, `rebuild`, `parts`, `tensors`, `save`, `restore` and `release`; it
-overrides `step` where it has a kernel. Everything else is here.
+overrides `step` where it has a kernel. Sequences that join and leave are `rows.py`'s. Everything else is here.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from kvlens.engine.footprint import CacheView, Footprint, storage_bytes, tensors
 from kvlens.engine.layer import LayerHandle, TransformersCache
 from kvlens.engine.probe import ErrorProbe
 from kvlens.engine.prompt import WaitingPrompt
+from kvlens.engine.rows import OpenRows
 from kvlens.engine.segments import TILE_TOKENS, Tile, attend_exact, attend_tile, merge_all
 from kvlens.engine.shape import ModelShape
 from kvlens.kernels import dispatch
@@ -49,7 +50,7 @@ class Checkpoint:
     probe: Any = None
 
 
-class KVCache(TransformersCache, ABC):
+class KVCache(TransformersCache, OpenRows):
     """Keys and values of all layers of `batch_size` sequences, in the form of one method.
 
     `dtype` is the type of what is kept exact: 16 bits, so that every lane is compared on equal terms.
@@ -75,10 +76,10 @@ class KVCache(TransformersCache, ABC):
         config.check(shape)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        super().__init__(layers=[LayerHandle(self, layer) for layer in range(shape.num_layers)])
+        TransformersCache.__init__(self, layers=[LayerHandle(self, layer) for layer in range(shape.num_layers)])
+        OpenRows.__init__(self, batch_size)
         self.shape = shape
         self.config = config
-        self.num_rows = batch_size
         self.device = torch.device(device)
         self.dtype = dtype
         self._memory = CacheMemory(self.device, budget or MemoryBudget())
@@ -243,6 +244,7 @@ class KVCache(TransformersCache, ABC):
 
     def next_step_key(self) -> Hashable | None:
         """What `begin_step` would give now, without beginning a step."""
+        self.rest_idle_rows()
         self.end_prefill()
         self.reserve(max(self.lengths[0]) + 1)
         return self.step_key()
@@ -261,6 +263,7 @@ class KVCache(TransformersCache, ABC):
         """A prepared step has run: bring up to date what the host knows."""
         for lengths in self.lengths:
             lengths[:] = [length + 1 for length in lengths]
+        self.rest_idle_rows()
 
     def observe(self) -> None:
         """Hand the probe what the last step packed, if a method has put that off to after the clock."""
@@ -325,6 +328,7 @@ class KVCache(TransformersCache, ABC):
     def free(self) -> None:
         """Drop everything and give the budget back. Safe to call twice."""
         self.release()
+        self.close()
         self.lengths = [[0] * self.num_rows for _ in range(self.shape.num_layers)]
         self._seen = [0] * self.shape.num_layers
         self._waiting = self._no_prompt()

@@ -59,8 +59,8 @@ class LeanStep:
     def run(self, cache: KVCache, tokens: Sequence[int]) -> torch.Tensor:
         """Logits after `tokens`, one of which joins each sequence of `cache`. Shapes: fp32 `[B, V]`."""
         bound = self._bound.get(cache)
-        if bound is None:
-            bound = self._bound[cache] = _Bound(decoder(self._weights, cache.num_rows), self._scaling)
+        if bound is None or bound.num_rows != len(tokens):
+            bound = self._bound[cache] = _Bound(decoder(self._weights, len(tokens)), len(tokens), self._scaling)
         return bound.run(cache, tokens, self._table)
 
     # ------------------------------------------------------------------ weights
@@ -128,7 +128,8 @@ class LeanStep:
 class _Bound:
     """A decoder's buffers and program for one cache, laid out anew when the cache moves its tensors."""
 
-    def __init__(self, decoder, scaling: float) -> None:
+    def __init__(self, decoder, num_rows: int, scaling: float) -> None:
+        self.num_rows = num_rows
         self._decoder = decoder
         self._scaling = scaling
         self._program: Program | None = None

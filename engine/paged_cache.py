@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from functools import cached_property
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -53,7 +53,7 @@ class PagedCache(KVCache):
         """Say what a page holds (see `PagePool`) and how many exact tokens the windows must take."""
         pool = PagePool(page, allocate=self.allocate, discard=self.discard)
         self._table = PageTable(
-            self.shape.num_layers, self.num_rows, pool, allocate=self.allocate, discard=self.discard
+            self.shape.num_layers, self.max_rows, pool, allocate=self.allocate, discard=self.discard
         )
         self._page_tokens = page_tokens
         self._capacities = {"key_capacity": key_capacity, "value_capacity": value_capacity}
@@ -79,16 +79,20 @@ class PagedCache(KVCache):
 
     def _reads_pages(self, layer: int) -> bool:
         """Whether a step may call `_attend_pages`: kernels take the first tokens for sinks, so all must be there."""
-        return min(self.lengths[layer]) >= self.config.num_sinks
+        return min((self.lengths[layer][row] for row in self.rows), default=0) >= self.config.num_sinks
 
     # ------------------------------------------------------------------ storing
 
     def reserve(self, num_tokens: int) -> None:
+        self._reserve_windows()
+        self._table.reserve(self._num_pages(num_tokens))
+
+    def _reserve_windows(self) -> None:
         if not self._layers:
-            self._counts = self.allocate(3, self.shape.num_layers, self.num_rows, dtype=torch.int32).zero_()
+            self._counts = self.allocate(3, self.shape.num_layers, self.max_rows, dtype=torch.int32).zero_()
             self._layers = [
                 ExactWindow(
-                    self.num_rows,
+                    self.max_rows,
                     self.shape.num_kv_heads,
                     self.shape.head_dim,
                     num_sinks=self.config.num_sinks,
@@ -99,7 +103,6 @@ class PagedCache(KVCache):
                 )
                 for layer in range(self.shape.num_layers)
             ]
-        self._table.reserve(self._num_pages(num_tokens))
 
     def store(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         before = self.lengths[layer][row]
@@ -154,11 +157,11 @@ class PagedCache(KVCache):
         packed = [
             [[self.config.num_packed(side, length) for length in rows] for rows in self.lengths] for side in range(2)
         ]
-        self._counts[1:] = torch.tensor(packed, dtype=torch.int32)
+        self._counts[1:, :, : self.num_rows] = torch.tensor(packed, dtype=torch.int32)
 
     @property
     def device_lengths(self) -> torch.Tensor:
-        return self._counts[0]
+        return self._counts[0, :, : self.num_rows]
 
     def _flush(self, layer: int, row: int, after: int) -> None:
         """Pack what the step to `after` tokens has pushed out of the exact window."""
@@ -190,7 +193,7 @@ class PagedCache(KVCache):
         for row, length in enumerate(self.lengths[layer]):
             state.keys.tensor[row, :, length % state.keys.capacity] = keys[row]
             state.values.tensor[row, :, length % state.values.capacity] = values[row]
-        state.length.add_(1)
+        state.length[: self.num_rows].add_(1)
 
     # ------------------------------------------------------------------ reading
 
@@ -210,7 +213,14 @@ class PagedCache(KVCache):
     def _exact(self, layer: int) -> ExactTokens:
         """The exact tokens of a layer as kernels take them."""
         state = self._layers[layer]
-        return ExactTokens(state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length)
+        tensors = state.keys.tensor, state.values.tensor, state.sink_keys, state.sink_values, state.length
+        return ExactTokens(*(tensor[: self.num_rows] for tensor in tensors))
+
+    def _packed_rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pages of each sequence, and how many keys and values they hold. Shapes: `[B, M]`, `[B]`, `[B]`."""
+        state = self._layers[layer]
+        tensors = self._table.tensor[layer], state.num_keys, state.num_values
+        return tuple(tensor[: self.num_rows] for tensor in tensors)
 
     # ------------------------------------------------------------------ bytes
 
@@ -260,6 +270,52 @@ class PagedCache(KVCache):
     def release(self) -> None:
         self._table.release()
         self._layers, self._counts, self._counts_lag = [], torch.empty(0), False
+
+    # ------------------------------------------------------------------ sequences that join and leave
+
+    def _row_bytes(self, max_tokens: int) -> int:
+        """Bytes of a sequence without its pages."""
+        tokens = sum(self._capacities.values()) + 2 * self.config.num_sinks
+        exact = self.shape.num_kv_heads * self.shape.head_dim * tokens * self.dtype.itemsize
+        return self.shape.num_layers * (exact + (self._num_pages(max_tokens) + 3) * 4)
+
+    def _rows_that_fit(self, max_tokens: int, limit_bytes: int) -> int:
+        pages = self.shape.num_layers * self._num_pages(max_tokens) * self._table.pool.page_bytes
+        return max(0, min(self.max_rows, (limit_bytes - pages) // self._row_bytes(max_tokens)))
+
+    def _open(self, max_tokens: int, limit_bytes: int | None) -> None:
+        """What the rows leave of the bytes is pages, which the sequences share."""
+        self._reserve_windows()
+        num_layers, num_pages = self.shape.num_layers, self._num_pages(max_tokens)
+        in_all = self.max_rows * num_pages
+        if limit_bytes is not None:
+            left = limit_bytes - self.max_rows * self._row_bytes(max_tokens)
+            in_all = min(in_all, left // (num_layers * self._table.pool.page_bytes))
+        self._table.reserve(num_pages, in_all=num_layers * in_all)
+
+    def _has_room(self, promised: list[int]) -> bool:
+        pages = self.shape.num_layers * sum(map(self._num_pages, promised))
+        is_short = max(map(self._num_pages, promised)) <= self._table.tensor.shape[2]
+        return is_short and pages <= self._table.pool.capacity
+
+    def _take_row(self, row: int, other: Self) -> None:
+        other._settle_counts()
+        num_layers = self.shape.num_layers
+        self._table.extend(row, len(other._table.of(0, 0)))
+        mine, theirs = (
+            [page for layer in range(num_layers) for page in table.of(layer, at)]
+            for table, at in ((self._table, row), (other._table, 0))
+        )
+        for part, tensor in self._table.pool.tensors.items():
+            tensor[mine] = other._table.pool.tensors[part][theirs]
+        for window, its in zip(self._layers, other._layers, strict=True):
+            window.take_row(row, its)
+        self._counts[:, :, row] = other._counts[:, :, 0]
+
+    def _clear_row(self, row: int) -> None:
+        self._counts[:, :, row] = 0
+        for layer in range(self.shape.num_layers):
+            self._table.cut(layer, row, 0)
 
     # ------------------------------------------------------------------ inside
 

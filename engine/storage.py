@@ -53,6 +53,10 @@ class PagePool:
         self._free = [*range(capacity - 1, self.capacity - 1, -1), *self._free]
         self.tensors, self.capacity = grown, capacity
 
+    @property
+    def page_bytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._parts.values())
+
     def take(self, num_pages: int) -> list[int]:
         """Numbers of `num_pages` free pages, whose content is undefined. Grows by half if there are too few."""
         if num_pages > len(self._free):
@@ -83,13 +87,16 @@ class PageTable:
         self._discard = discard
         self.release()
 
-    def reserve(self, num_pages: int) -> None:
-        """Room for `num_pages` pages in every layer of every sequence. Raises: OutOfMemory."""
+    def reserve(self, num_pages: int, *, in_all: int | None = None) -> None:
+        """Room for `num_pages` pages in every layer of every sequence, `in_all` of them if not all at once.
+
+        Raises: OutOfMemory.
+        """
         old = self.tensor
         if num_pages <= old.shape[2]:
             return
         num_layers, num_rows = self._size
-        self.pool.reserve(num_layers * num_rows * num_pages)
+        self.pool.reserve(num_layers * num_rows * num_pages if in_all is None else in_all)
         self.tensor = self._allocate(num_layers, num_rows, num_pages, dtype=torch.int32)
         self.tensor[:, :, : old.shape[2]] = old
         self._discard(old)
@@ -219,6 +226,11 @@ class ExactWindow:
         if start < stop:
             self.sink_keys[row, :, start:stop] = keys[:, : stop - start]
             self.sink_values[row, :, start:stop] = values[:, : stop - start]
+
+    def take_row(self, row: int, other: "ExactWindow") -> None:
+        """Copy the only sequence of `other`, counts apart."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine[row] = theirs[0]
 
     def set_lengths(self, row: int, length: int, num_keys: int, num_values: int) -> None:
         self.length[row] = length

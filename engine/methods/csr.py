@@ -241,7 +241,7 @@ class CsrCache(PagedCache):
             if self.config.prompt_atoms and coder.prompt is None:
                 coder.prompt = PromptAtoms(
                     self.shape.num_layers,
-                    self.num_rows,
+                    self.max_rows,
                     coder.learned[0].shape[1],
                     num_sampled=self.config.sampled_atoms,
                     num_guarded=self.config.guard_atoms,
@@ -264,7 +264,7 @@ class CsrCache(PagedCache):
     def step_key(self) -> Hashable | None:
         is_whole = self.shape.head_dim // self.config.value_parts % CHANNELS == 0
         is_prepared = self._reads_pages(0) and (is_whole or self.steps_on_device)
-        return self._memory.num_allocations if is_prepared else None
+        return (self._memory.num_allocations, self.num_rows) if is_prepared else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
@@ -280,7 +280,7 @@ class CsrCache(PagedCache):
                 self._flush(layer, row, after)
 
     def _past(self, layer: int) -> SparsePast:
-        pool, state = self._table.pool, self._layers[layer]
+        pool = self._table.pool
         keys, values = (
             SparseSide(
                 pages.words(pool),
@@ -290,7 +290,8 @@ class CsrCache(PagedCache):
             )
             for pages, coder in zip(self._pages, self._coders, strict=True)
         )
-        return SparsePast(self._layout, keys, values, self._table.tensor[layer], state.num_keys, self._turn)
+        page_table, num_coded, _ = self._packed_rows(layer)
+        return SparsePast(self._layout, keys, values, page_table, num_coded, self._turn)
 
     # ------------------------------------------------------------------ reading
 
@@ -325,6 +326,14 @@ class CsrCache(PagedCache):
         if self._reads_codes:
             return f"{dispatch.describe('sparse_attend', self.device)} on sparse codes"
         return "restored tile by tile"
+
+    def _rows_that_fit(self, max_tokens: int, limit_bytes: int) -> int:
+        if self.config.prompt_atoms:
+            raise EngineError(
+                "sequences that join and leave share one dictionary; atoms of the prompt belong to a single "
+                "conversation. Choose a preset without them"
+            )
+        return super()._rows_that_fit(max_tokens, limit_bytes)
 
     # ------------------------------------------------------------------ bytes
 

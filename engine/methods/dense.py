@@ -7,7 +7,7 @@ candidates once and says which it took).
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -50,11 +50,10 @@ class DenseCache(KVCache):
 
     def reserve(self, num_tokens: int) -> None:
         if not self._lengths.numel():
-            self._lengths = self.allocate(self.shape.num_layers, self.num_rows, dtype=torch.int32).zero_()
+            self._lengths = self.allocate(self.shape.num_layers, self.max_rows, dtype=torch.int32).zero_()
         if num_tokens <= self._capacity:
             return
-        capacity = max(num_tokens, self._capacity * 3 // 2)
-        capacity = -(-capacity // BLOCK_TOKENS) * BLOCK_TOKENS
+        capacity = _in_blocks(max(num_tokens, self._capacity * 3 // 2))
         self._keys = [self._grown(layer, self._keys, capacity) for layer in range(self.shape.num_layers)]
         self._values = [self._grown(layer, self._values, capacity) for layer in range(self.shape.num_layers)]
         self._capacity = capacity
@@ -62,8 +61,8 @@ class DenseCache(KVCache):
 
     def _grown(self, layer: int, buffers: list[torch.Tensor], capacity: int) -> torch.Tensor:
         shape = self.shape
-        grown = self.allocate(self.num_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype)
-        if self.num_rows > 1:
+        grown = self.allocate(self.max_rows, shape.num_kv_heads, capacity, shape.head_dim, dtype=self.dtype)
+        if self.max_rows > 1:
             # A shorter sequence's unwritten tail enters a batched product with weight 0, and 0 * NaN is NaN.
             grown.zero_()
         if buffers:
@@ -82,40 +81,43 @@ class DenseCache(KVCache):
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
     ) -> torch.Tensor:
         lengths = self.lengths[layer]
-        all_keys, all_values = self._keys[layer], self._values[layer]
+        (all_keys, all_values), on_device = self._buffers(layer)
         for row, length in enumerate(lengths):
             all_keys[row, :, length] = keys[row]
             all_values[row, :, length] = values[row]
             lengths[row] = length + 1
-        self._lengths[layer].add_(1)
+        on_device.add_(1)
         return dense_attend(
-            query, all_keys, all_values, self._lengths[layer], scaling=scaling, longest=max(lengths),
+            query, all_keys, all_values, on_device, scaling=scaling, longest=max(lengths),
             is_ragged=min(lengths) != max(lengths),
         )  # fmt: skip
+
+    def _buffers(self, layer: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Keys and values of a layer, and lengths, for the rows that take part in a step."""
+        rows = slice(self.num_rows)
+        return (self._keys[layer][rows], self._values[layer][rows]), self._lengths[layer, rows]
 
     def step_on_device(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scaling: float
     ) -> torch.Tensor:
-        buffers, length = (self._keys[layer], self._values[layer]), self._lengths[layer]
-        return step_on_device(query, keys, values, buffers, length, scaling=scaling)
+        return step_on_device(query, keys, values, *self._buffers(layer), scaling=scaling)
 
     @property
     def device_lengths(self) -> torch.Tensor:
-        return self._lengths
+        return self._lengths[:, : self.num_rows]
 
     def step_key(self) -> Hashable | None:
+        key = self._memory.num_allocations, self.num_rows
         if self.steps_on_device:
-            return self._memory.num_allocations
-        longest = max(self.lengths[0]) + 1
-        has_tasks = takes_tasks(self._keys[0], num_query_heads=self.shape.num_query_heads, longest=longest)
-        return self._memory.num_allocations if has_tasks else None
+            return key
+        keys, longest = self._keys[0][: self.num_rows], max(self.lengths[0]) + 1
+        return key if takes_tasks(keys, num_query_heads=self.shape.num_query_heads, longest=longest) else None
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
         scaling: float,
     ) -> list[Any]:  # fmt: skip
-        buffers = self._keys[layer], self._values[layer]
-        return step_tasks(query, keys, values, output, buffers, self._lengths[layer], scaling=scaling)
+        return step_tasks(query, keys, values, output, *self._buffers(layer), scaling=scaling)
 
     def rebuild(self, layer: int, row: int, start: int, stop: int) -> Tile:
         return Tile(self._keys[layer][row, :, start:stop], self._values[layer][row, :, start:stop])
@@ -136,11 +138,36 @@ class DenseCache(KVCache):
         """Nothing: what comes later never overwrites what is stored."""
 
     def restore(self, saved: Any, lengths: list[int]) -> None:
-        self._lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.device_lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def release(self) -> None:
         self._keys, self._values, self._lengths, self._capacity = [], [], torch.empty(0), 0
 
+    def _rows_that_fit(self, max_tokens: int, limit_bytes: int) -> int:
+        return min(
+            self.max_rows, limit_bytes // (self.shape.fp16_bytes(_in_blocks(max_tokens)) + self.shape.num_layers * 4)
+        )
+
+    def _open(self, max_tokens: int, limit_bytes: int | None) -> None:
+        """A row has room for the longest sequence, whatever comes."""
+        self.reserve(max_tokens)
+
+    def _has_room(self, promised: list[int]) -> bool:
+        return max(promised) <= self._capacity
+
+    def _take_row(self, row: int, other: Self) -> None:
+        for layer, (length, *_) in enumerate(other.lengths):
+            self._keys[layer][row, :, :length] = other._keys[layer][0, :, :length]
+            self._values[layer][row, :, :length] = other._values[layer][0, :, :length]
+        self._lengths[:, row] = other._lengths[:, 0]
+
+    def _clear_row(self, row: int) -> None:
+        self._lengths[:, row] = 0
+
     @property
     def attention_path(self) -> str:
         return chosen_path(self.device)
+
+
+def _in_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS

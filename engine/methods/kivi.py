@@ -161,7 +161,7 @@ class KiviCache(PagedCache):
             key_capacity=config.residual_length,
             value_capacity=config.residual_length + config.value_flush,
         )
-        self._due_values = np.zeros(self.num_rows, dtype=np.int32)
+        self._due_values = np.zeros(self.max_rows, dtype=np.int32)
         self._is_unobserved = False
 
     # ------------------------------------------------------------------ storing
@@ -191,15 +191,7 @@ class KiviCache(PagedCache):
 
     def _stored(self, layer: int) -> tuple[PackedPast, ExactTokens]:
         """A layer as the kernels take it."""
-        state = self._layers[layer]
-        past = PackedPast(
-            self.layout,
-            self._packed("key"),
-            self._packed("value"),
-            self._table.tensor[layer],
-            state.num_keys,
-            state.num_values,
-        )
+        past = PackedPast(self.layout, self._packed("key"), self._packed("value"), *self._packed_rows(layer))
         return past, self._exact(layer)
 
     def step_key(self) -> Hashable | None:
@@ -207,7 +199,7 @@ class KiviCache(PagedCache):
             return None
         for row, length in enumerate(self.lengths[0]):
             self._due_values[row] = self.config.num_packed(1, length + 1)
-        return self._memory.num_allocations
+        return self._memory.num_allocations, self.num_rows
 
     def step_tasks(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, *,
@@ -215,7 +207,7 @@ class KiviCache(PagedCache):
     ) -> list[Any]:  # fmt: skip
         return step_tasks(
             query, keys, values, output, *self._stored(layer), scaling=scaling,
-            due_values=torch.from_numpy(self._due_values),
+            due_values=torch.from_numpy(self._due_values[: self.num_rows]),
         )  # fmt: skip
 
     def end_tasks(self) -> None:
