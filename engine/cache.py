@@ -16,6 +16,7 @@ from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class KVCache(TransformersCache, OpenRows):
         """The coded keys (side 0) or values of a layer as sums of atoms; None for a method without sparse codes."""
         return None
 
-    @property
+    @cached_property
     def steps_on_device(self) -> bool:
         """Whether a prepared step is a graph of `step_on_device`: where Triton kernels run."""
         return dispatch.runs_triton("append_pack", self.device)
@@ -299,8 +300,9 @@ class KVCache(TransformersCache, OpenRows):
 
     def end_prefill(self) -> None:
         """Hand the exact prompt tokens of every layer to the method. Without any, nothing happens."""
-        for layer in range(self.shape.num_layers):
-            self._end_prefill(layer)
+        if self._waiting.waits():
+            for layer in range(self.shape.num_layers):
+                self._end_prefill(layer)
 
     def checkpoint(self) -> Checkpoint:
         """This moment, to come back to with `rollback`. Raises: EngineError in the middle of a prompt."""

@@ -217,8 +217,9 @@ class KiviCache(PagedCache):
         if self.steps_on_device:
             return
         for row, after in enumerate(self.lengths[0]):
-            for layer in range(self.shape.num_layers):
-                self._flush_side(layer, row, 0, after)
+            if self.config.num_packed(0, after) > self.config.num_packed(0, after - 1):
+                for layer in range(self.shape.num_layers):
+                    self._flush_side(layer, row, 0, after)
 
     def observe(self) -> None:
         """What a prepared step has packed is still in the rings."""
