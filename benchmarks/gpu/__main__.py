@@ -11,6 +11,7 @@ what does not fit, is not installed or comes too late is left out with its reaso
 """
 
 import argparse
+import gc
 import importlib
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as nowhere:
         folder = given.out or (Path(nowhere) if given.dry_run else RESULTS)
         if given.here:
+            gc.freeze()  # what is loaded stays: each of many collections would walk through all of it
             for section in given.only:
                 run_section(section, plan, torch.device("cpu" if given.dry_run else "cuda"), folder, given.peer)
             return 0

@@ -61,9 +61,9 @@ def attempt(what: str) -> Iterator[None]:
 
 
 def release(device: torch.device) -> None:
-    """Give back all memory that nothing refers to any more."""
-    gc.collect()
+    """Give back all memory of a GPU that nothing refers to any more."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
