@@ -3,10 +3,12 @@
 python -m pytest -m gpu tests/kernels
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from append_checks import AppendCase, append_cases, check_append
 from cases import AttendCase, attend_cases, build_attend, quantize_cases
 from dense_cases import DenseCase, build_dense, dense_cases
 from pursuit_checks import (
@@ -20,6 +22,7 @@ from pursuit_checks import (
 )
 from sparse_cases import SparseCase, build_sparse, sparse_cases
 from triton_checks import (
+    append_step,
     check_attend,
     check_dense,
     check_quantize,
@@ -29,6 +32,7 @@ from triton_checks import (
     triton_sparse_cases,
 )
 
+from kvlens.kernels.append_pack import append_pack
 from kvlens.kernels.dense_attend import reference as dense_reference
 from kvlens.kernels.dense_attend import triton as dense_triton
 from kvlens.kernels.packed_attend import PackedPast, packed_attend, reference
@@ -293,3 +297,31 @@ def test_sparse_attention_does_not_wait_and_runs_in_a_cuda_graph():
         graph.replay()
     expected = sparse_reference.sparse_attend(inputs.query, inputs.past, inputs.exact, scaling=inputs.scaling)
     torch.testing.assert_close(got.output, expected.output, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", append_cases(), ids=lambda case: case.name)
+def test_append_pack(case):
+    check_append(case, append_step, "cuda")
+
+
+def test_append_pack_of_any_layout():
+    any_append = pytest.importorskip("any_append", reason="hypothesis is not installed")
+    any_append.check_any_append(append_step, max_examples=15, device="cuda")
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_append_pack_in_a_cuda_graph_follows_the_lengths(packs):
+    """Every step of a batch is the one graph; a capture also refuses whatever waits for the device."""
+
+    def captured(*arguments):
+        append_pack(*deepcopy(arguments))  # compiles; what it changes is a copy
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            append_pack(*arguments)
+        return graph.replay
+
+    case = AppendCase(
+        "large", (0, 128, 256, 1000, 131, 259), num_steps=6, num_kv_heads=8, head_dim=128, page_tokens=128,
+        residual=128, num_sinks=4, dtype=torch.bfloat16, packs=packs,
+    )  # fmt: skip
+    check_append(case, captured, "cuda")

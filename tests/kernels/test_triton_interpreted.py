@@ -32,6 +32,7 @@ else:
     from cases import quantize_cases
     from dense_cases import dense_cases
     from pursuit_checks import MODES, check_pursuit, pursuit_cases
+    from triton.runtime.interpreter import interpreter_builder
     from triton_checks import (
         append_step,
         check_attend,
@@ -90,6 +91,19 @@ else:
         monkeypatch.setattr("kvlens.kernels.append_pack.triton.PROGRAMS", 1)
         for case in append_cases():
             if case.name in ("paper", "flush_over_pages"):
+                check_append(case, append_step)
+
+    def test_append_pack_whatever_program_comes_first(monkeypatch):
+        """On a GPU programs have no order: here the last, which packs, comes before the first, which writes."""
+        first_to_last = interpreter_builder.set_grid_idx
+
+        def last_to_first(*program):
+            sizes = interpreter_builder.grid_dim
+            first_to_last(*(size - 1 - index for size, index in zip(sizes, program, strict=True)))
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", last_to_first)
+        for case in append_cases():
+            if case.name in ("paper", "no_value_window"):
                 check_append(case, append_step)
 
     def test_append_pack_of_any_layout():
