@@ -4,9 +4,11 @@ The first run compiles (some 4 s a kernel); Triton keeps the results in its cach
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from append_checks import AppendCase, build_append
 
 from benchmarks.instructions import (
     SHIPPED,
@@ -17,6 +19,8 @@ from benchmarks.instructions import (
     inspect,
     longest_loop,
 )
+from kvlens.kernels.append_pack import triton as append_pack
+from kvlens.kernels.compiled import Launch
 from kvlens.kernels.dense_attend import triton as dense_attend
 from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import triton as packed_attend
@@ -145,6 +149,43 @@ def test_sparse_attention_spills_nothing(to_compile):
         usage = inspect(launch.compile(arch).asm["cubin"])
         assert usage["STACK"] == 0, launch.kernel
         assert usage["REG"] <= 255
+
+
+def prepare_append(case: AppendCase, device: str = "cpu") -> Launch:
+    state = build_append(case, device=device)
+    token = state.keys[:, :, 0], state.values[:, :, 0]
+    (launch,) = append_pack.prepare(*token, state.exact, case.rule, state.past)
+    return launch
+
+
+PAPER = AppendCase("paper", (0,), num_kv_heads=32, head_dim=128, page_tokens=128, residual=128)
+
+APPEND_TO_COMPILE = [
+    *((arch, PAPER) for arch in (80, 90, 120)),
+    *((arch, replace(PAPER, key_bits=4, value_bits=4, num_kv_heads=8, num_sinks=4, dtype=torch.bfloat16))
+      for arch in (80, 90, 120)),
+    (90, replace(PAPER, residual=1024, value_flush=128)),
+    (90, replace(PAPER, page_tokens=32, residual=32, value_flush=32)),
+    (90, replace(PAPER, page_tokens=64, key_group_size=64, value_group_size=64, head_dim=64)),
+    (90, replace(PAPER, head_dim=96, num_sinks=64)),
+    (90, replace(PAPER, head_dim=256, key_group_size=128, value_group_size=8, value_flush=8)),
+    (90, replace(PAPER, packs=False, fresh_dtype=torch.float32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "case"), APPEND_TO_COMPILE, ids=str)
+def test_appending_spills_nothing(arch, case):
+    usage = inspect(prepare_append(case).compile(arch).asm["cubin"])
+    assert usage["STACK"] == 0
+    assert usage["REG"] <= 128
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_append_is_prepared_without_a_look_at_its_tensors(packs):
+    """Those on `meta` have no contents: what is prepared once, a graph repeats at every length."""
+    ours, blind = (prepare_append(replace(PAPER, packs=packs), device) for device in ("cpu", "meta"))
+    assert ours.grid == blind.grid
+    assert ours.arguments["BLOCKS"] == blind.arguments["BLOCKS"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
