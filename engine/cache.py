@@ -83,7 +83,8 @@ class KVCache(TransformersCache, OpenRows):
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype
-        self._memory = CacheMemory(self.device, budget or MemoryBudget())
+        self.budget = budget or MemoryBudget()
+        self._memory = CacheMemory(self.device, self.budget)
         self.allocate, self.discard = self._memory.allocate, self._memory.discard
         self.facts = facts
         self.probe: ErrorProbe | None = None
