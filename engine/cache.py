@@ -9,7 +9,7 @@ hands the exact tokens to the method, which packs what it packs; from then on ea
 attended to in one `step`, straight from the packed form.
 
 A method implements `reserve`, `store`, `rebuild`, `parts`, `tensors`, `save`, `restore` and `release`; it
-overrides `step` where it has a kernel. Sequences that join and leave are `rows.py`'s. Everything else is here.
+overrides `step` where it has a kernel. Joining and leaving is in `rows.py`, everything else here.
 """
 
 from abc import abstractmethod
@@ -91,8 +91,7 @@ class KVCache(TransformersCache, OpenRows):
         self.lengths = [[0] * batch_size for _ in range(shape.num_layers)]
         self._seen = [0] * shape.num_layers
         self._waiting = self._no_prompt()
-        self._is_in_prefill = False
-        self._is_on_device = False
+        self._is_in_prefill = self._is_on_device = False
         self._checkpoint_bytes = 0
 
     # ------------------------------------------------------------------ what a method implements
