@@ -18,6 +18,7 @@ from kvlens.engine.architectures import random_model
 from kvlens.engine.bench import NetworkBench
 from kvlens.engine.errors import OutOfMemory
 from kvlens.engine.shape import ModelShape
+from tools.readme_gpu import gpu
 
 CPU = torch.device("cpu")
 ENDLESS = session.Deadline(1e6)
@@ -227,6 +228,17 @@ def test_bars_are_read_from_the_tables(tmp_path):
     told = list(bars.verdicts(tmp_path, ["steps"]))
     assert [line.partition("  ")[0].strip() for line in told] == ["met", "MISSED", "not measured"]
     assert "2.5 (bar 2.25), NVIDIA H200" in told[0]
+
+
+def test_the_readme_says_what_the_tables_say(tmp_path):
+    assert "No GPU figure is claimed yet" in gpu(tmp_path)
+    for section in ("attention", "headline"):
+        dry(tmp_path, section)
+    told = gpu(tmp_path)
+    assert "No GPU figure" not in told
+    assert all(f" {candidate.label} |" in told for candidate in PACKED)
+    batch = saved(tmp_path, "headline")[2]["batch"]
+    assert f"| {KIVI_2_SHORT.label} | {batch} | " in told
 
 
 # ---------------------------------------------------------------------- peers

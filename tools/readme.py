@@ -5,14 +5,15 @@
 Each table stands between `<!-- name -->` and `<!-- /name -->`. No figure of the README is typed by hand.
 """
 
-import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from kvlens.engine.estimate import bits_per_value, estimate
 from kvlens.engine.registry import available
 from kvlens.engine.shape import ModelShape
+from tools.readme_gpu import gpu
+from tools.tables import read, table, times
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -34,16 +35,15 @@ def methods() -> str:
                 smaller = LLAMA_8B.fp16_bytes(num_tokens) / found.live_bytes
                 cells.append(f"{bits_per_value(found, LLAMA_8B):.2f} bits, {smaller:.2f}×")
             rows.append([preset, *cells, entry.source])
-    table = _table(["method", *(f"at {label} tokens" for label in CONTEXTS.values()), "source"], rows)
-    return (
-        f"{table}\n\nReal bits a value and × smaller than fp16 at Llama-3.1-8B's shape, everything counted: codes, "
+    return table(["method", *(f"at {label} tokens" for label in CONTEXTS.values()), "source"], rows) + (
+        "\n\nReal bits a value and × smaller than fp16 at Llama-3.1-8B's shape, everything counted: codes, "
         "scales and zeros, exact window, tables. By the formula that the real bytes are checked against, to the byte."
     )
 
 
 def attention() -> str:
     """One layer's decode attention on the CPU: the best dense path of torch and the packed ones."""
-    saved = _read("packed_attend_cpu")
+    saved = read(RESULTS / "packed_attend_cpu.csv")
     rows = []
     for shape, label in SHAPES.items():
         for tokens in sorted({int(row["tokens"]) for row in saved}):
@@ -55,7 +55,7 @@ def attention() -> str:
             rows.append([label, f"{tokens:,}", f"{best:.3g} ms ({dense['method']}, {dense['dtype']})", *cells])
     names = [row["method"] for row in packed]
     first = saved[0]
-    return _table(["shape", "tokens", "best dense of torch", *names], rows) + (
+    return table(["shape", "tokens", "best dense of torch", *names], rows) + (
         f"\n\nOne layer's decode attention, batch 1, medians; {first['processor']}, {first['threads']} threads, "
         f"torch {first['torch']}, {first['date'][:10]}. `python -m benchmarks.packed_attend_cpu`"
     )
@@ -63,7 +63,7 @@ def attention() -> str:
 
 def decode() -> str:
     """Whole decode steps of the embedded model: a row a method, a column a context."""
-    saved = _read("decode")
+    saved = read(RESULTS / "decode.csv")
     contexts = sorted({int(row["context_tokens"]) for row in saved})
     found = {(row["method"], int(row["context_tokens"])): row for row in saved}
     rows = []
@@ -72,13 +72,13 @@ def decode() -> str:
         rows.append(
             [
                 name,
-                *(f"{_short(row['step_ms'])} ms, {_times(row['ratio'])}" for row in own),
+                *(f"{_short(row['step_ms'])} ms, {times(row['ratio'])}" for row in own),
                 _short(own[-1]["cache_mb"]),
             ]
         )
     columns = ["method", *(f"{context:,} tokens" for context in contexts), f"cache at {contexts[-1]:,}, MB"]
     first = saved[0]
-    return _table(columns, rows) + (
+    return table(columns, rows) + (
         "\n\nMilliseconds of a whole decode step of the embedded model, batch 1, medians, and tokens/s against our "
         f"dense lane; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
     )
@@ -102,15 +102,21 @@ def agreement() -> str:
 
 
 def _plain(name: str, columns: dict[str, tuple[str, Callable[[str], str]]], caption: str) -> str:
-    saved = _read(name)
+    saved = read(RESULTS / f"{name}.csv")
     rows = [[show(row[column]) for column, (_, show) in columns.items()] for row in saved]
     first = saved[0]
-    return _table([label for label, _ in columns.values()], rows) + (
+    return table([label for label, _ in columns.values()], rows) + (
         f"\n\n{caption}; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.{name}`"
     )
 
 
-TABLES = {"methods": methods, "attention": attention, "decode": decode, "agreement": agreement}
+TABLES = {
+    "methods": methods,
+    "attention": attention,
+    "decode": decode,
+    "agreement": agreement,
+    "gpu": lambda: gpu(RESULTS),
+}
 
 
 def render(readme: str) -> str:
@@ -119,27 +125,13 @@ def render(readme: str) -> str:
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not place.search(readme):
             raise ValueError(f"README.md must have <!-- {name} --> and <!-- /{name} -->")
-        table = make()
-        readme = place.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", readme)
+        made = make()
+        readme = place.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", readme)
     return readme
-
-
-def _read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _short(value: str) -> str:
     return f"{float(value):.3g}"
-
-
-def _times(value: str) -> str:
-    return f"{float(value):.2f}×"
 
 
 def _small(value: str) -> str:
