@@ -76,30 +76,30 @@ def store_part(
 @triton.jit
 def _merge_kernel(
     part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
-    NUM_PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_parts, BLOCK_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The parts of one query head as one softmax: each weighs 2^(its log-sum-exp - the largest)."""
     head = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, BLOCK_PARTS)
     maximum = float("-inf")
-    for first in range(0, NUM_PARTS, BLOCK_PARTS):
+    for first in range(0, num_parts, BLOCK_PARTS):
         log_sum_exp = tl.load(
-            part_log_sum_exp_ptr + head * NUM_PARTS + first + offs_p,
-            mask=first + offs_p < NUM_PARTS, other=float("-inf"),
+            part_log_sum_exp_ptr + head * num_parts + first + offs_p,
+            mask=first + offs_p < num_parts, other=float("-inf"),
         )  # fmt: skip
         maximum = tl.maximum(maximum, tl.max(log_sum_exp, axis=0))
     reference = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = 0.0
     output = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, NUM_PARTS, BLOCK_PARTS):
+    for first in range(0, num_parts, BLOCK_PARTS):
         part = first + offs_p
         log_sum_exp = tl.load(
-            part_log_sum_exp_ptr + head * NUM_PARTS + part, mask=part < NUM_PARTS, other=float("-inf")
+            part_log_sum_exp_ptr + head * num_parts + part, mask=part < num_parts, other=float("-inf")
         )
         weights = tl.exp2(log_sum_exp - reference)
         part_outputs = tl.load(
-            part_output_ptr + (head * NUM_PARTS + part)[:, None] * HEAD_DIM + offs_d[None, :],
+            part_output_ptr + (head * num_parts + part)[:, None] * HEAD_DIM + offs_d[None, :],
             mask=(weights > 0.0)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         total += tl.sum(weights, axis=0)
@@ -130,7 +130,7 @@ def merge(part_output: torch.Tensor, part_log_sum_exp: torch.Tensor, result: Att
         "part_log_sum_exp_ptr": part_log_sum_exp,
         "output_ptr": result.output,
         "log_sum_exp_ptr": result.log_sum_exp,
-        "NUM_PARTS": num_parts,
+        "num_parts": num_parts,
         "BLOCK_PARTS": 32,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded(head_dim),

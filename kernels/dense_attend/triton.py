@@ -8,8 +8,8 @@ GPU there is none. The launch shape depends on nothing but static sizes and leng
 so the launches can be captured in a CUDA graph.
 
 Source: Dao et al., Flash-Decoding for long-context inference, 2023.
-Limits: rows of channels must be contiguous (they are copied if not). What lies behind a sequence's last token is
-never read.
+Limits: rows of channels must be contiguous, and values lie as keys do (both are copied if not). What lies behind a
+sequence's last token is never read.
 """
 
 import torch
@@ -17,23 +17,23 @@ import triton
 import triton.language as tl
 
 from kvlens.kernels.compiled import Launch, rows_contiguous, strides
-from kvlens.kernels.dense_attend.tiling import tiling_of
+from kvlens.kernels.dense_attend.tiling import plan_of
 from kvlens.kernels.exact_tokens import Attended
 from kvlens.kernels.split_k import LOG2_E, dot, empty_parts, empty_result, merge, store_part
+from kvlens.kernels.tuning import DenseConfiguration
 
 
 @triton.jit
 def _attend_kernel(
     query_ptr, scaling, length_ptr, keys_ptr, values_ptr, part_output_ptr, part_log_sum_exp_ptr,
-    stride_query_row, stride_query_head, stride_key_row, stride_key_head, stride_key_token,
-    stride_value_row, stride_value_head, stride_value_token, TILING: tl.constexpr,
+    stride_query_row, stride_query_head, stride_row, stride_head, stride_token, TILING: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of the query heads that share a key/value head."""
     TOKENS: tl.constexpr = TILING.tile_tokens
     head_block = tl.program_id(0) % TILING.head_blocks
     head = (tl.program_id(0) // TILING.head_blocks % TILING.num_kv_heads).to(tl.int64)
     row = (tl.program_id(0) // (TILING.head_blocks * TILING.num_kv_heads)).to(tl.int64)
-    part = tl.program_id(1)
+    part, num_parts = tl.program_id(1), tl.num_programs(1)
 
     offs_n = head_block * TILING.block_heads + tl.arange(0, TILING.block_heads)
     mask_n = offs_n < TILING.heads_per_kv
@@ -45,23 +45,23 @@ def _attend_kernel(
         query_ptr + row * stride_query_row + query_head[None, :] * stride_query_head + offs_d[:, None],
         mask=mask_n[None, :] & mask_d[:, None], other=0.0,
     ).to(TILING.product_dtype)  # fmt: skip
-    keys_ptr += row * stride_key_row + head * stride_key_head
-    values_ptr += row * stride_value_row + head * stride_value_head
-    offs_keys = offs_t[:, None] * stride_key_token + offs_d[None, :]
-    offs_values = offs_t[None, :] * stride_value_token + offs_d[:, None]
+    keys_ptr += row * stride_row + head * stride_head
+    values_ptr += row * stride_row + head * stride_head
+    offs_keys = offs_t[:, None] * stride_token + offs_d[None, :]
+    offs_values = offs_t[None, :] * stride_token + offs_d[:, None]
 
     maximum = tl.full((TILING.block_heads,), -1e30, tl.float32)  # finite: no difference is inf - inf
     total = tl.zeros((TILING.block_heads,), tl.float32)
     output = tl.zeros((TILING.block_d, TILING.block_heads), tl.float32)
     length = tl.load(length_ptr + row)
     num_tiles = tl.cdiv(length, TOKENS)
-    first_tile = (part * num_tiles) // TILING.num_parts
-    last_tile = ((part + 1) * num_tiles) // TILING.num_parts
+    first_tile = (part * num_tiles) // num_parts
+    last_tile = ((part + 1) * num_tiles) // num_parts
     for tile in tl.range(first_tile, last_tile, num_stages=TILING.num_stages):
-        first = tl.cast(tile, tl.int64) * TOKENS
+        first = tl.cast(tile, tl.int64) * TOKENS * stride_token
         mask_t = offs_t < length - tile * TOKENS
         mask = mask_t[:, None] & mask_d[None, :] if TILING.masks_channels else mask_t[:, None]
-        keys = tl.load(keys_ptr + first * stride_key_token + offs_keys, mask=mask, other=0.0)
+        keys = tl.load(keys_ptr + first + offs_keys, mask=mask, other=0.0)
         scores = dot(keys.to(TILING.product_dtype), query) * scaling
         scores = tl.where(mask_t[:, None], scores, float("-inf"))
 
@@ -71,13 +71,13 @@ def _attend_kernel(
         total = total * decay + tl.sum(probabilities, axis=0)
         maximum = new_maximum
         mask = mask_t[None, :] & mask_d[:, None] if TILING.masks_channels else mask_t[None, :]
-        values = tl.load(values_ptr + first * stride_value_token + offs_values, mask=mask, other=0.0)
+        values = tl.load(values_ptr + first + offs_values, mask=mask, other=0.0)
         output = dot(values.to(TILING.product_dtype), probabilities.to(TILING.product_dtype), output * decay[None, :])
 
-    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * TILING.num_parts + part
+    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * num_parts + part
     store_part(
         part_output_ptr + part_head * TILING.head_dim, part_log_sum_exp_ptr + part_head, mask_n, maximum, total,
-        (output,), 1, TILING.block_d, TILING.head_dim, TILING.num_parts == 1,
+        (output,), 1, TILING.block_d, TILING.head_dim, TILING.is_whole,
     )  # fmt: skip
 
 
@@ -100,16 +100,20 @@ def prepare(
     *,
     scaling: float,
     arch: int | None = None,
+    configuration: DenseConfiguration | None = None,
 ) -> tuple[Attended, tuple[Launch, ...]]:
     """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU).
 
+    `configuration` stands in for the saved one.
     Shapes: query `[B, HQ, D]`, keys and values `[B, HK, capacity, D]`, length int32 `[B]`, at most capacity.
     """
-    tiling = tiling_of(query, keys, values, arch=arch)
-    query, keys, values = rows_contiguous(query), rows_contiguous(keys), rows_contiguous(values)
+    plan = plan_of(query, keys, values, arch=arch, configuration=configuration)
+    tiling = plan.tiling
+    query = rows_contiguous(query)
+    if keys.stride() != values.stride() or keys.stride(-1) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
     result = empty_result(query)
-    is_whole = tiling.num_parts == 1
-    parts = (result.output, result.log_sum_exp) if is_whole else empty_parts(query, tiling.num_parts)
+    parts = (result.output, result.log_sum_exp) if tiling.is_whole else empty_parts(query, plan.num_parts)
     arguments = {
         "query_ptr": query,
         "scaling": float(scaling) * LOG2_E,
@@ -119,12 +123,11 @@ def prepare(
         "part_output_ptr": parts[0],
         "part_log_sum_exp_ptr": parts[1],
         **strides("query", query, "row", "head"),
-        **strides("key", keys, "row", "head", "token"),
-        **strides("value", values, "row", "head", "token"),
+        **{f"stride_{dim}": keys.stride(i) for i, dim in enumerate(("row", "head", "token"))},
         "TILING": tiling,
         "num_warps": tiling.num_warps,
         "enable_fp_fusion": True,
     }
-    grid = (len(query) * tiling.num_kv_heads * tiling.head_blocks, tiling.num_parts)
+    grid = (len(query) * tiling.num_kv_heads * tiling.head_blocks, plan.num_parts)
     attend = Launch(_attend_kernel, grid, arguments)
-    return result, (attend,) if is_whole else (attend, merge(*parts, result))
+    return result, (attend,) if tiling.is_whole else (attend, merge(*parts, result))

@@ -39,7 +39,7 @@ def attend_packed(
 
     # A sequence's pages laid end to end are one row of words for each channel; a tile is a piece of it.
     num_tiles = tl.cdiv(tl.cdiv(num_tokens, TILING.page_tokens) * TILING.key_words, TILING.tile_words)
-    tiles_per_split = tl.cdiv(num_tiles, TILING.num_splits)
+    tiles_per_split = tl.cdiv(num_tiles, tl.num_programs(1) - TILING.num_exact_parts)
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
     for tile in tl.range(first_tile, last_tile, num_stages=TILING.num_stages):

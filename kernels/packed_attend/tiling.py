@@ -14,31 +14,12 @@ import triton.language as tl
 from kvlens.kernels.compiled import arch_of, num_multiprocessors
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.split_k import DOT_ROWS, num_splits_of, padded, product_dtype
+from kvlens.kernels.tuning import PackedConfiguration, Shape, configuration_of
 
 SPLITS = (1, 2, 4, 8, 16)  # groups of a page or token that are parted in registers
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """What is chosen by measurement, not by shapes. One warp a program: no two share a product's rows."""
-
-    num_stages: int  # tiles in flight
-    programs: int  # that run at once on a multiprocessor
-    exact_tokens: int = 16  # that one program reads
-    exact_channels: int = 32  # that it takes at a time
-
-
-# The least compute capability that a line is for, bits of the keys and head dim (None: any); the first that
-# fits is taken. Three stages: page number, copies, products; more would double the 20 KiB of shared memory.
-# Registers allow 8 programs; shared memory 7 on 80 and 4 where a multiprocessor has 100 KiB (86, 89, 120).
-CONFIGURATIONS = (
-    ((120, None, None), Configuration(num_stages=3, programs=4)),
-    ((90, 4, 64), Configuration(num_stages=2, programs=8)),  # a third stage spills 16 bytes in bf16
-    ((90, None, None), Configuration(num_stages=3, programs=8)),
-    ((81, None, None), Configuration(num_stages=3, programs=4)),
-    ((80, None, None), Configuration(num_stages=3, programs=7)),
-)
-INTERPRETED = Configuration(num_stages=1, programs=1, exact_tokens=64)
+INTERPRETED = PackedConfiguration(num_stages=1, programs=1, exact_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -88,8 +69,6 @@ class Tiling:
     # Programs
     head_blocks: int
     num_exact_parts: int
-    num_splits: int
-    num_parts: int
     exact_tokens: int
     exact_channels: int
     mixes_packed: bool  # a token's key may be packed while its value is exact
@@ -100,26 +79,56 @@ class Tiling:
     is_interpreted: bool
 
 
-def tiling_of(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, arch: int | None = None) -> Tiling:
-    """The tiling for these tensors, from their shapes, dtypes and device alone.
+@dataclass(frozen=True)
+class Plan:
+    """A launch: its constants, and the splits of each sequence, which kernels read off the grid.
 
-    `arch` asks for the one of a compute capability that is not here. Raises: ValueError below 80.
+    Batch and capacity decide the number of splits, and no kernel is compiled anew for another one.
     """
-    return _tiling(
+
+    tiling: Tiling
+    num_splits: int
+
+    @property
+    def num_parts(self) -> int:
+        return self.tiling.num_exact_parts + self.num_splits
+
+
+def plan_of(
+    query: torch.Tensor,
+    past: PackedPast,
+    exact: ExactTokens,
+    *,
+    arch: int | None = None,
+    configuration: PackedConfiguration | None = None,
+) -> Plan:
+    """The plan for these tensors, from their shapes, dtypes and device alone.
+
+    `arch` asks for the one of a compute capability that is not here, `configuration` for another than the saved.
+    Raises: ValueError below 80.
+    """
+    batch, num_query_heads, head_dim = query.shape
+    num_kv_heads = exact.keys.shape[1]
+    if configuration is None:
+        shape = Shape(head_dim, num_query_heads // num_kv_heads, batch, past.layout.key_bits)
+        configuration = configuration_of("packed_attend", shape, arch or arch_of(query.device), query.device)
+    return _plan(
         past.layout,
         query.dtype,
         product_dtype(query.dtype, exact.keys.dtype, exact.values.dtype),
-        *query.shape,
-        exact.keys.shape[1],
+        batch,
+        num_query_heads,
+        head_dim,
+        num_kv_heads,
         past.page_table.shape[1],
         (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
-        arch or arch_of(query.device),
+        INTERPRETED if triton.knobs.runtime.interpret else configuration,
         num_multiprocessors(query.device),
     )
 
 
 @cache
-def _tiling(
+def _plan(
     layout: PageLayout,
     dtype: torch.dtype,
     exact_dtype: tl.dtype,
@@ -129,10 +138,9 @@ def _tiling(
     num_kv_heads: int,
     num_pages: int,
     capacities: tuple[int, int, int],
-    arch: int,
+    configuration: PackedConfiguration,
     multiprocessors: int,
-) -> Tiling:
-    configuration = _configuration(arch, layout.key_bits, head_dim)
+) -> Plan:
     heads_per_kv = num_query_heads // num_kv_heads
     block_heads = 8 if heads_per_kv <= 8 else 16
     head_blocks = triton.cdiv(heads_per_kv, block_heads)
@@ -154,7 +162,7 @@ def _tiling(
     num_tiles = triton.cdiv(num_pages * key_words, tile_words)
     num_splits = num_splits_of(batch * num_kv_heads * head_blocks, num_tiles, configuration.programs * multiprocessors)
 
-    return Tiling(
+    tiling = Tiling(
         head_dim=head_dim,
         num_kv_heads=num_kv_heads,
         heads_per_kv=heads_per_kv,
@@ -191,8 +199,6 @@ def _tiling(
         block_value_groups=padded(value_groups),
         head_blocks=head_blocks,
         num_exact_parts=num_exact_parts,
-        num_splits=num_splits,
-        num_parts=num_exact_parts + num_splits,
         exact_tokens=configuration.exact_tokens,
         exact_channels=min(configuration.exact_channels, padded(head_dim)),
         mixes_packed=True,
@@ -201,12 +207,4 @@ def _tiling(
         exact_dtype=exact_dtype,
         is_interpreted=triton.knobs.runtime.interpret,
     )
-
-
-def _configuration(arch: int, key_bits: int, head_dim: int) -> Configuration:
-    if triton.knobs.runtime.interpret:
-        return INTERPRETED
-    for (least_arch, bits, dim), configuration in CONFIGURATIONS:
-        if arch >= least_arch and bits in (None, key_bits) and dim in (None, head_dim):
-            return configuration
-    raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
+    return Plan(tiling, num_splits)

@@ -41,9 +41,10 @@ from kvlens.kernels.compiled import Launch, rows_contiguous, strides
 from kvlens.kernels.packed_attend import Attended, ExactTokens, PackedPast
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.packed_attend.packed_part import attend_packed
-from kvlens.kernels.packed_attend.tiling import tiling_of
+from kvlens.kernels.packed_attend.tiling import plan_of
 from kvlens.kernels.quantize_pack import Packed
 from kvlens.kernels.split_k import LOG2_E, empty_parts, empty_result, merge, store_part
+from kvlens.kernels.tuning import PackedConfiguration
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _attend_kernel(
     value_codes_ptr += head * stride_value_codes_head
     value_scale_ptr += head * stride_value_scale_head
     value_minimum_ptr += head * stride_value_scale_head
-    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * TILING.num_parts + part
+    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * tl.num_programs(1) + part
     part_output_ptr = part_output_ptr + part_head * TILING.head_dim
     part_log_sum_exp_ptr = part_log_sum_exp_ptr + part_head
 
@@ -125,10 +126,20 @@ def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, 
 
 
 def prepare(
-    query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float, arch: int | None = None
+    query: torch.Tensor,
+    past: PackedPast,
+    exact: ExactTokens,
+    *,
+    scaling: float,
+    arch: int | None = None,
+    configuration: PackedConfiguration | None = None,
 ) -> tuple[Attended, tuple[Launch, ...]]:
-    """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU)."""
-    tiling = tiling_of(query, past, exact, arch=arch)
+    """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU).
+
+    `configuration` stands in for the saved one.
+    """
+    plan = plan_of(query, past, exact, arch=arch, configuration=configuration)
+    tiling = plan.tiling
     query = rows_contiguous(query)
     key_codes, key_scale, key_minimum = _pages_contiguous(past.keys)
     value_codes, value_scale, value_minimum = _pages_contiguous(past.values)
@@ -136,11 +147,11 @@ def prepare(
     sink_keys, sink_values = rows_contiguous(exact.sink_keys), rows_contiguous(exact.sink_values)
     page_table = rows_contiguous(past.page_table)
 
-    part_output, part_log_sum_exp = empty_parts(query, tiling.num_parts)
+    part_output, part_log_sum_exp = empty_parts(query, plan.num_parts)
     result = empty_result(query)
     attend = Launch(
         _attend_kernel,
-        (len(query) * tiling.num_kv_heads * tiling.head_blocks, tiling.num_parts),
+        (len(query) * tiling.num_kv_heads * tiling.head_blocks, plan.num_parts),
         {
             "query_ptr": query,
             "scaling": float(scaling) * LOG2_E,

@@ -88,33 +88,32 @@ def scores_of(
 
 
 @triton.jit
-def places_of(block, tile, TILING: tl.constexpr):
+def places_of(block, tile, stride_scores_block, TILING: tl.constexpr):
     """Where the scores of a tile `[tokens, lanes]` are kept."""
     token = tile * TILING.tile_tokens + tl.arange(0, TILING.tile_tokens)
-    first = block * (TILING.num_tiles * TILING.tile_tokens)
-    return (first + token)[:, None] * TILING.lanes + tl.arange(0, TILING.lanes)[None, :]
+    return block * stride_scores_block + token[:, None] * TILING.lanes + tl.arange(0, TILING.lanes)[None, :]
 
 
 @triton.jit
-def share_of(split, num_tokens, TILING: tl.constexpr):
+def share_of(split, num_splits, num_tokens, TILING: tl.constexpr):
     """The tiles of one split: first, and one after the last."""
     num_tiles = tl.cdiv(num_tokens, TILING.tile_tokens)
-    tiles_per_split = tl.cdiv(num_tiles, TILING.num_splits)
+    tiles_per_split = tl.cdiv(num_tiles, num_splits)
     first = split * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, num_tiles)
 
 
 @triton.jit
-def log_sum_exp_of(part_log_sum_exp_ptr, row_head, mask_n, TILING: tl.constexpr):
+def log_sum_exp_of(part_log_sum_exp_ptr, num_parts, row_head, mask_n):
     """Of all parts of each head, in units of log 2; -inf for an empty sequence."""
     BLOCK_PARTS: tl.constexpr = 32
     maximum = tl.full(row_head.shape, -1e30, tl.float32)
     total = tl.zeros(row_head.shape, tl.float32)
-    for start in range(0, TILING.num_parts, BLOCK_PARTS):
+    for start in range(0, num_parts, BLOCK_PARTS):
         offs_p = start + tl.arange(0, BLOCK_PARTS)
         parts = tl.load(
-            part_log_sum_exp_ptr + row_head[None, :] * TILING.num_parts + offs_p[:, None],
-            mask=mask_n[None, :] & (offs_p < TILING.num_parts)[:, None], other=float("-inf"),
+            part_log_sum_exp_ptr + row_head[None, :] * num_parts + offs_p[:, None],
+            mask=mask_n[None, :] & (offs_p < num_parts)[:, None], other=float("-inf"),
         )  # fmt: skip
         new_maximum = tl.maximum(maximum, tl.max(parts, axis=0))
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(tl.exp2(parts - new_maximum[None, :]), axis=0)

@@ -13,10 +13,11 @@ import triton.language as tl
 from kvlens.kernels.compiled import arch_of, num_multiprocessors
 from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast
 from kvlens.kernels.split_k import num_splits_of, padded, product_dtype
+from kvlens.kernels.tuning import Shape, SparseConfiguration, configuration_of
 
 MAX_LANES = 16
-PROGRAMS = 16  # of one warp each, that run at once on a multiprocessor
-TILE_TOKENS, DICTIONARY_ATOMS, OUTPUT_CHANNELS, TURN_CHANNELS = 64, 64, 32, 8
+INTERPRETED = SparseConfiguration(programs=1)
+DICTIONARY_ATOMS, OUTPUT_CHANNELS, TURN_CHANNELS = 64, 32, 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Tiling:
     turned_channels: int
     has_key_means: bool
     turn_channels: int  # pairs that are restored at a time
-    num_tiles: int  # whose scores are kept
     # Blocks: lanes are the query heads of a table row, padded to `block_heads` for the tensor cores
     lanes: int
     block_heads: int
@@ -54,38 +54,62 @@ class Tiling:
     is_tile_in_page: bool
     # Programs
     num_exact_parts: int
-    num_splits: int
-    num_parts: int
     exact_tokens: int
     exact_channels: int
     mixes_packed: bool
     exact_dtype: tl.dtype
 
 
-def tiling_of(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, arch: int | None = None) -> Tiling:
-    """The tiling for these tensors, from their shapes, dtypes and device alone.
+@dataclass(frozen=True)
+class Plan:
+    """The launches: their constants, and the splits of each sequence, for which no kernel is compiled anew."""
 
-    `arch` asks for the one of a compute capability that is not here. Raises: ValueError below 80.
+    tiling: Tiling
+    num_tiles: int  # at most, of a sequence
+    num_splits: int
+
+    @property
+    def num_parts(self) -> int:
+        return self.tiling.num_exact_parts + self.num_splits
+
+
+def plan_of(
+    query: torch.Tensor,
+    past: SparsePast,
+    exact: ExactTokens,
+    *,
+    arch: int | None = None,
+    configuration: SparseConfiguration | None = None,
+) -> Plan:
+    """The plan for these tensors, from their shapes, dtypes and device alone.
+
+    `arch` asks for the one of a compute capability that is not here, `configuration` for another than the saved.
+    Raises: ValueError below 80.
     """
-    arch = arch or arch_of(query.device)
-    if arch < 80:
-        raise ValueError(f"Triton attention needs compute capability 80 or newer; got {arch}")
-    return _tiling(
+    batch, num_query_heads, head_dim = query.shape
+    num_kv_heads = exact.keys.shape[1]
+    if configuration is None:
+        shape = Shape(head_dim, num_query_heads // num_kv_heads, batch)
+        configuration = configuration_of("sparse_attend", shape, arch or arch_of(query.device), query.device)
+    return _plan(
         past.layout,
         product_dtype(query.dtype, exact.keys.dtype, exact.values.dtype),
-        *query.shape,
-        exact.keys.shape[1],
+        batch,
+        num_query_heads,
+        head_dim,
+        num_kv_heads,
         (0 if past.turn else len(past.keys.dictionary), len(past.values.dictionary)),
         (past.keys.means is not None, past.values.means is not None),
         2 * len(past.turn.inverse_frequencies) if past.turn else 0,
         past.page_table.shape[1],
         (exact.sink_keys.shape[2], exact.keys.shape[2], exact.values.shape[2]),
+        INTERPRETED if triton.knobs.runtime.interpret else configuration,
         num_multiprocessors(query.device),
     )
 
 
 @cache
-def _tiling(
+def _plan(
     layout: SparseLayout,
     exact_dtype: tl.dtype,
     batch: int,
@@ -97,20 +121,19 @@ def _tiling(
     turned_channels: int,
     num_pages: int,
     capacities: tuple[int, int, int],
+    configuration: SparseConfiguration,
     multiprocessors: int,
-) -> Tiling:
-    is_interpreted = triton.knobs.runtime.interpret
+) -> Plan:
     heads_per_kv = num_query_heads // num_kv_heads
     lanes = min(MAX_LANES, triton.next_power_of_2(heads_per_kv))
     head_blocks = triton.cdiv(heads_per_kv, lanes)
     num_sinks, key_ring, value_ring = capacities
-    exact_tokens = 64 if is_interpreted else 16
+    exact_tokens = 64 if triton.knobs.runtime.interpret else 16
     num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), exact_tokens)
-    num_tiles = triton.cdiv(num_pages * layout.page_tokens, TILE_TOKENS)
-    at_once = 1 if is_interpreted else PROGRAMS * multiprocessors
-    num_splits = num_splits_of(batch * num_kv_heads * head_blocks, num_tiles, at_once)
+    num_tiles = triton.cdiv(num_pages * layout.page_tokens, configuration.tile_tokens)
+    num_splits = num_splits_of(batch * num_kv_heads * head_blocks, num_tiles, configuration.programs * multiprocessors)
     part_channels = head_dim // layout.value_parts
-    return Tiling(
+    tiling = Tiling(
         head_dim=head_dim,
         num_kv_heads=num_kv_heads,
         heads_per_kv=heads_per_kv,
@@ -128,20 +151,18 @@ def _tiling(
         turned_channels=turned_channels,
         has_key_means=has_means[0],
         turn_channels=TURN_CHANNELS,
-        num_tiles=num_tiles if turned_channels else 0,
         lanes=lanes,
         block_heads=max(8, lanes),
         head_blocks=head_blocks,
         block_d=padded(head_dim),
         part_channels=part_channels,
         block_channels=min(OUTPUT_CHANNELS, padded(part_channels)),
-        tile_tokens=TILE_TOKENS,
-        is_tile_in_page=layout.page_tokens % TILE_TOKENS == 0,
+        tile_tokens=configuration.tile_tokens,
+        is_tile_in_page=layout.page_tokens % configuration.tile_tokens == 0,
         num_exact_parts=num_exact_parts,
-        num_splits=num_splits,
-        num_parts=num_exact_parts + num_splits,
         exact_tokens=exact_tokens,
         exact_channels=min(32, padded(head_dim)),
         mixes_packed=False,
         exact_dtype=exact_dtype,
     )
+    return Plan(tiling, num_tiles, num_splits)

@@ -46,9 +46,10 @@ from kvlens.kernels.sparse_attend.coded_part import (
     scores_of,
     share_of,
 )
-from kvlens.kernels.sparse_attend.tiling import DICTIONARY_ATOMS, Tiling, tiling_of
+from kvlens.kernels.sparse_attend.tiling import DICTIONARY_ATOMS, Plan, plan_of
 from kvlens.kernels.sparse_attend.turned_part import turned_scores_of
 from kvlens.kernels.split_k import LOG2_E, empty_result, store_part
+from kvlens.kernels.tuning import SparseConfiguration
 
 
 @triton.jit
@@ -97,12 +98,12 @@ def _weigh_kernel(
     stride_key_row, stride_key_head, stride_key_token, stride_value_row, stride_value_head, stride_value_token,
     stride_sink_key_row, stride_sink_key_head, stride_sink_key_token,
     stride_sink_value_row, stride_sink_value_head, stride_sink_value_token,
-    steps_ptr, starts_ptr, key_dictionary_ptr, stride_key_dictionary_atom, key_means_ptr, scores_ptr,
-    TILING: tl.constexpr,
+    steps_ptr, starts_ptr, key_dictionary_ptr, stride_key_dictionary_atom, key_means_ptr,
+    scores_ptr, stride_scores_block, TILING: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of one part; of an exact one its output too, of one with turned keys their scores."""
     block, head, row, mask_n, query_head = place_of(TILING)
-    part = tl.program_id(1)
+    part, num_parts = tl.program_id(1), tl.num_programs(1)
     num_tokens = tl.load(num_tokens_ptr + row)
     row_head = row * TILING.num_kv_heads * TILING.heads_per_kv + query_head
     if part < TILING.num_exact_parts:
@@ -117,7 +118,7 @@ def _weigh_kernel(
         )  # fmt: skip
         store_part(
             part_output_ptr + (row_head * TILING.num_exact_parts + part) * TILING.head_dim,
-            part_log_sum_exp_ptr + row_head * TILING.num_parts + part, mask_n, maximum, total, chunks,
+            part_log_sum_exp_ptr + row_head * num_parts + part, mask_n, maximum, total, chunks,
             TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING.head_dim,
         )  # fmt: skip
     else:
@@ -126,7 +127,8 @@ def _weigh_kernel(
         table_ptr += block * TILING.num_key_atoms * TILING.lanes
         key_words_ptr += head * stride_key_words_head
         key_coefficients_ptr += head * stride_key_coefficients_head
-        first, last = share_of(part - TILING.num_exact_parts, num_tokens, TILING)
+        num_splits = num_parts - TILING.num_exact_parts
+        first, last = share_of(part - TILING.num_exact_parts, num_splits, num_tokens, TILING)
         for tile in range(first, last):
             page, place, mask_t = locate_tile(tile, num_tokens, page_table_ptr + row * stride_table_row, TILING)
             words_ptr = key_words_ptr + page * stride_key_words_page + place
@@ -140,7 +142,7 @@ def _weigh_kernel(
                     key_means_ptr + head * TILING.head_dim, words_ptr, coefficients_ptr, stride_key_words_slot,
                     stride_key_coefficients_slot, mask_t, TILING,
                 )  # fmt: skip
-                tl.store(scores_ptr + places_of(block, tile, TILING), scores)
+                tl.store(scores_ptr + places_of(block, tile, stride_scores_block, TILING), scores)
             else:
                 scores = scores_of(
                     table_ptr, words_ptr, coefficients_ptr, stride_key_words_slot, stride_key_coefficients_slot,
@@ -150,7 +152,7 @@ def _weigh_kernel(
             lane_total = lane_total * tl.exp2(highest - higher) + tl.sum(tl.exp2(scores - higher[None, :]), axis=0)
             highest = higher
         lane_head, mask_l = lanes_of(block, head, row, TILING)
-        tl.store(part_log_sum_exp_ptr + lane_head * TILING.num_parts + part, highest + tl.log2(lane_total), mask=mask_l)
+        tl.store(part_log_sum_exp_ptr + lane_head * num_parts + part, highest + tl.log2(lane_total), mask=mask_l)
 
 
 @triton.jit
@@ -161,14 +163,14 @@ def _scatter_kernel(
     stride_key_coefficients_page, stride_key_coefficients_head, stride_key_coefficients_slot,
     stride_value_words_page, stride_value_words_head, stride_value_words_slot,
     stride_value_coefficients_page, stride_value_coefficients_head, stride_value_coefficients_slot,
-    scores_ptr, TILING: tl.constexpr,
+    scores_ptr, stride_scores_block, num_parts, TILING: tl.constexpr,
 ):  # fmt: skip
     """Add the probabilities of a share of the tokens to the atoms of their values."""
     NUM_SLOTS: tl.constexpr = TILING.value_parts * TILING.value_atoms
     block, head, row, _, _ = place_of(TILING)
     offs_l = tl.arange(0, TILING.lanes)
     lane_head, mask_l = lanes_of(block, head, row, TILING)
-    log_sum_exp = tl.where(mask_l, log_sum_exp_of(part_log_sum_exp_ptr, lane_head, mask_l, TILING), float("inf"))
+    log_sum_exp = tl.where(mask_l, log_sum_exp_of(part_log_sum_exp_ptr, num_parts, lane_head, mask_l), float("inf"))
     num_tokens = tl.load(num_tokens_ptr + row)
     table_ptr += block * TILING.num_key_atoms * TILING.lanes
     accumulators_ptr += block * TILING.value_parts * TILING.num_value_atoms * TILING.lanes
@@ -176,11 +178,11 @@ def _scatter_kernel(
     key_coefficients_ptr += head * stride_key_coefficients_head
     value_words_ptr += head * stride_value_words_head
     value_coefficients_ptr += head * stride_value_coefficients_head
-    first, last = share_of(tl.program_id(1), num_tokens, TILING)
+    first, last = share_of(tl.program_id(1), tl.num_programs(1), num_tokens, TILING)
     for tile in range(first, last):
         page, place, mask_t = locate_tile(tile, num_tokens, page_table_ptr + row * stride_table_row, TILING)
         if TILING.turned_channels:
-            scores = tl.load(scores_ptr + places_of(block, tile, TILING))
+            scores = tl.load(scores_ptr + places_of(block, tile, stride_scores_block, TILING))
         else:
             scores = scores_of(
                 table_ptr, key_words_ptr + page * stride_key_words_page + place,
@@ -205,7 +207,7 @@ def _scatter_kernel(
 @triton.jit
 def _output_kernel(
     accumulators_ptr, dictionary_ptr, part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
-    means_ptr, stride_dictionary_atom, BLOCK_ATOMS: tl.constexpr, TILING: tl.constexpr,
+    means_ptr, stride_dictionary_atom, num_parts, BLOCK_ATOMS: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """A block of channels of the output: accumulators by the dictionary, exact parts by their weights."""
     CHANNELS: tl.constexpr = TILING.block_channels
@@ -231,22 +233,22 @@ def _output_kernel(
         output = dot_exactly(atoms, weights, output)
 
     row_head = row * TILING.num_kv_heads * TILING.heads_per_kv + query_head
-    log_sum_exp = log_sum_exp_of(part_log_sum_exp_ptr, row_head, mask_n, TILING)
+    log_sum_exp = log_sum_exp_of(part_log_sum_exp_ptr, num_parts, row_head, mask_n)
     reference = tl.where(log_sum_exp == float("-inf"), 0.0, log_sum_exp)
     channel = part * TILING.part_channels + offs_c
     mask = mask_n[None, :] & mask_c[:, None]
     for exact in range(TILING.num_exact_parts):
         part_log_sum_exp = tl.load(
-            part_log_sum_exp_ptr + row_head * TILING.num_parts + exact, mask=mask_n, other=float("-inf")
+            part_log_sum_exp_ptr + row_head * num_parts + exact, mask=mask_n, other=float("-inf")
         )
         place = (row_head * TILING.num_exact_parts + exact) * TILING.head_dim
         part_output = tl.load(part_output_ptr + place[None, :] + channel[:, None], mask=mask, other=0.0)
         output += part_output * tl.exp2(part_log_sum_exp - reference)[None, :]
     if TILING.has_value_means:
         share = tl.zeros((TILING.block_heads,), tl.float32)
-        for coded in range(TILING.num_exact_parts, TILING.num_parts):
+        for coded in range(TILING.num_exact_parts, num_parts):
             part_log_sum_exp = tl.load(
-                part_log_sum_exp_ptr + row_head * TILING.num_parts + coded, mask=mask_n, other=float("-inf")
+                part_log_sum_exp_ptr + row_head * num_parts + coded, mask=mask_n, other=float("-inf")
             )
             share += tl.exp2(part_log_sum_exp - reference)
         means = tl.load(means_ptr + head * TILING.head_dim + channel, mask=mask_c, other=0.0)
@@ -266,11 +268,21 @@ def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, 
 
 
 def prepare(
-    query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float, arch: int | None = None
+    query: torch.Tensor,
+    past: SparsePast,
+    exact: ExactTokens,
+    *,
+    scaling: float,
+    arch: int | None = None,
+    configuration: SparseConfiguration | None = None,
 ) -> tuple[Attended, tuple[Launch, ...]]:
-    """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU)."""
+    """The result's tensors, still empty, and the launches that fill them (on `arch`, if not this GPU).
+
+    `configuration` stands in for the saved one.
+    """
     batch, num_query_heads, head_dim = query.shape
-    tiling = tiling_of(query, past, exact, arch=arch)
+    plan = plan_of(query, past, exact, arch=arch, configuration=configuration)
+    tiling = plan.tiling
     query = rows_contiguous(query)
     key_words, key_coefficients = rows_contiguous(past.keys.words), rows_contiguous(past.keys.coefficients)
     value_words, value_coefficients = rows_contiguous(past.values.words), rows_contiguous(past.values.coefficients)
@@ -286,10 +298,10 @@ def prepare(
 
     num_atoms = tiling.num_key_atoms, tiling.num_value_atoms
     table = numbers(blocks, tiling.num_key_atoms, tiling.lanes)
-    scores = numbers(blocks, tiling.num_tiles * tiling.tile_tokens, tiling.lanes) if past.turn else table
+    scores = numbers(blocks, plan.num_tiles * tiling.tile_tokens, tiling.lanes) if past.turn else table
     accumulators = numbers(blocks, tiling.value_parts, tiling.num_value_atoms, tiling.lanes)
     part_output = numbers(*heads, tiling.num_exact_parts, head_dim)
-    part_log_sum_exp = numbers(*heads, tiling.num_parts)
+    part_log_sum_exp = numbers(*heads, plan.num_parts)
     result = empty_result(query)
     scale = float(scaling) * LOG2_E
     own = {"TILING": tiling, "num_warps": 1, "enable_fp_fusion": True}
@@ -315,7 +327,7 @@ def prepare(
             **strides("dictionary", key_dictionary, "atom"),
             **products,
         }),
-        Launch(_weigh_kernel, (blocks, tiling.num_parts), {
+        Launch(_weigh_kernel, (blocks, plan.num_parts), {
             "query_ptr": query,
             "scaling": scale,
             "length_ptr": exact.length.contiguous(),
@@ -330,19 +342,22 @@ def prepare(
             **strides("value", values, "row", "head", "token"),
             **strides("sink_key", sink_keys, "row", "head", "token"),
             **strides("sink_value", sink_values, "row", "head", "token"),
-            **_turn_tensors(past, tiling, absent=table),
+            **_turn_tensors(past, plan, absent=table),
             "key_dictionary_ptr": key_dictionary,
             **strides("key_dictionary", key_dictionary, "atom"),
             "scores_ptr": scores,
+            **strides("scores", scores, "block"),
             **own,
         }),
-        Launch(_scatter_kernel, (blocks, tiling.num_splits), {
+        Launch(_scatter_kernel, (blocks, plan.num_splits), {
             "accumulators_ptr": accumulators,
             "value_words_ptr": value_words,
             "value_coefficients_ptr": value_coefficients,
             **coded_keys,
             **_code_strides("value", value_words, value_coefficients),
             "scores_ptr": scores,
+            **strides("scores", scores, "block"),
+            "num_parts": plan.num_parts,
             **own,
         }),
         Launch(
@@ -357,6 +372,7 @@ def prepare(
                 "log_sum_exp_ptr": result.log_sum_exp,
                 "means_ptr": table if past.values.means is None else past.values.means.contiguous(),
                 **strides("dictionary", value_dictionary, "atom"),
+                "num_parts": plan.num_parts,
                 **products,
             },
         ),
@@ -372,13 +388,13 @@ def _code_strides(side: str, words: torch.Tensor, coefficients: torch.Tensor) ->
     return of_words | of_scales | {f"stride_{side}_coefficients_slot": 0}
 
 
-def _turn_tensors(past: SparsePast, tiling: Tiling, *, absent: torch.Tensor) -> dict[str, torch.Tensor]:
+def _turn_tensors(past: SparsePast, plan: Plan, *, absent: torch.Tensor) -> dict[str, torch.Tensor]:
     """What turns keys; `absent` stands for what is not read."""
     if past.turn is None:
         return {"steps_ptr": absent, "starts_ptr": absent, "key_means_ptr": absent}
-    size = tiling.tile_tokens
+    size = plan.tiling.tile_tokens
     return {
         "steps_ptr": waves.steps(past.turn, size),
-        "starts_ptr": waves.starts(past.turn, first=tiling.num_sinks, stride=size, count=max(1, tiling.num_tiles)),
+        "starts_ptr": waves.starts(past.turn, first=plan.tiling.num_sinks, stride=size, count=max(1, plan.num_tiles)),
         "key_means_ptr": absent if past.keys.means is None else past.keys.means.contiguous(),
     }

@@ -24,7 +24,7 @@ from kvlens.kernels.compiled import Launch
 from kvlens.kernels.dense_attend import triton as dense_attend
 from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import triton as packed_attend
-from kvlens.kernels.packed_attend.tiling import tiling_of
+from kvlens.kernels.packed_attend.tiling import plan_of
 from kvlens.kernels.pursuit import triton as pursuit
 from kvlens.kernels.quantize_pack import triton as quantize_pack
 from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide
@@ -76,8 +76,8 @@ DENSE_TO_COMPILE = [
     (arch, dim, heads, dtype)
     for arch in (80, 90, 120)
     for dim, heads, dtype in [
-        (64, 8, torch.bfloat16), (96, 32, torch.float16), (128, 32, torch.float16), (128, 8, torch.bfloat16),
-        (128, 2, torch.float16), (256, 2, torch.bfloat16), (256, 32, torch.float16),
+        (64, 2, torch.float16), (64, 8, torch.bfloat16), (96, 32, torch.float16), (128, 32, torch.float16),
+        (128, 8, torch.bfloat16), (128, 2, torch.float16), (256, 2, torch.bfloat16), (256, 32, torch.float16),
     ]
 ]  # fmt: skip
 
@@ -232,5 +232,5 @@ def test_tensors_on_the_cpu_are_named():
 
 def test_the_cache_tells_tilings_apart():
     """Triton finds compiled kernels by what their constants print as."""
-    one, other = (tiling_of(*empty_inputs(Shape(2, window=window))) for window in (128, 129))
+    one, other = (plan_of(*empty_inputs(Shape(2, window=window))).tiling for window in (128, 129))
     assert repr(one) != repr(other)
