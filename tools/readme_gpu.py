@@ -1,5 +1,6 @@
 """The README's GPU tables, from what `python -m benchmarks.gpu` has saved; a sentence while nothing is."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.tables import Saved, read, table, times
@@ -20,15 +21,16 @@ def gpu(results: Path) -> str:
 
 def _attention(rows: list[Saved]) -> str:
     """The packed methods against the fastest dense one, and how near that is to the ratio of the bytes."""
-    packed = sorted({row["method"] for row in rows if row["method"].startswith(("KIVI-", "CSR"))})
+    packed = sorted({row["method"] for row in rows if row["method"].startswith(("KIVI", "CSR"))})
     lines = []
-    for key, here in _grouped(rows, "model", "batch", "tokens").items():
-        best = min((row for name, row in here.items() if name not in packed), key=lambda row: float(row["ms"]))
+    for size, here in _by_size(rows, "tokens"):
+        found = {row["method"]: row for row in here}
+        best = min((row for row in here if row["method"] not in packed), key=lambda row: float(row["ms"]))
         cells = [
-            f"{times(here[name]['times_best_dense'])} of {times(here[name]['limit'])}" if name in here else "–"
+            f"{times(found[name]['times_best_dense'])} of {times(found[name]['limit'])}" if name in found else "–"
             for name in packed
         ]
-        lines.append([*_size(key), f"{float(best['ms']):.3g} ms ({best['method']})", *cells])
+        lines.append([*size, f"{float(best['ms']):.3g} ms ({best['method']})", *cells])
     return table(["shape", "batch × tokens", "best exact fp16", *packed], lines) + _caption(
         rows, "One layer's decode attention: × faster than the fastest exact fp16 kernel, of what the bytes allow"
     )
@@ -36,13 +38,11 @@ def _attention(rows: list[Saved]) -> str:
 
 def _steps(rows: list[Saved]) -> str:
     lines = []
-    for key, here in _grouped(rows, "model", "batch", "context", name=("method", "how")).items():
-        for (method, how), row in here.items():
-            way = "" if how == "transformers" else f", {how.partition(' ')[0]}"
-            kept = f"{float(row['kv_mb']) / 1000:.3g}"
-            lines.append(
-                [*_size(key), f"{method}{way}", f"{float(row['step_ms']):.3g}", _against(row["times_dense"]), kept]
-            )
+    for size, here in _by_size(rows, "context"):
+        for row in here:
+            way = "" if row["how"] == "transformers" else f", {row['how'].partition(' ')[0]}"
+            step, kept = f"{float(row['step_ms']):.3g}", f"{float(row['kv_mb']) / 1000:.3g}"
+            lines.append([*size, f"{row['method']}{way}", step, _against(row["times_dense"]), kept])
     columns = ["model", "batch × tokens", "method", "ms a step", "tokens/s against dense", "cache, GB"]
     return table(columns, lines) + _caption(rows, "Whole decode steps, random weights in fp16")
 
@@ -64,17 +64,12 @@ def _headline(rows: list[Saved]) -> str:
     )
 
 
-def _grouped(rows: list[Saved], *by: str, name: str | tuple[str, ...] = "method") -> dict[tuple, dict]:
-    found: dict[tuple, dict] = {}
+def _by_size(rows: list[Saved], tokens: str) -> Iterator[tuple[list[str], list[Saved]]]:
+    """The rows of each model, batch and length, behind what a table says of these."""
+    found: dict[tuple[str, str], list[Saved]] = {}
     for row in rows:
-        label = row[name] if isinstance(name, str) else tuple(row[part] for part in name)
-        found.setdefault(tuple(row[part] for part in by), {})[label] = row
-    return found
-
-
-def _size(key: tuple[str, str, str]) -> list[str]:
-    model, batch, tokens = key
-    return [model, f"{batch} × {int(tokens):,}"]
+        found.setdefault((row["model"], f"{row['batch']} × {int(row[tokens]):,}"), []).append(row)
+    return (([*size], here) for size, here in found.items())
 
 
 def _against(value: str) -> str:
