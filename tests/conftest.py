@@ -1,5 +1,6 @@
 """What every test shares: fixed seeds, NaN in memory that nobody has written, small models."""
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,13 @@ import pytest
 import torch
 
 from tests import tiny
+
+with contextlib.suppress(ImportError):  # a machine for the GPU tests alone may lack it
+    import hypothesis
+
+    # The cases drawn depend on the code alone, so that a run that passes here passes there.
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

@@ -28,10 +28,10 @@ from kvlens.kernels.packed_attend import PackedPast
 from kvlens.kernels.quantize_pack import Packed
 from kvlens.kernels.quantize_pack.triton import RowFormat, quantize_rows, row_format
 
-BLOCK_VALUES = 2048
+BLOCK_VALUES = 2048  # that a program packs at a time: twice as many spill registers
 PROGRAMS = 1024
-"""About as many programs as are launched where there is that much to share out: they run at once on a large GPU, and
-cost little where nothing is due."""
+"""The most that are launched beyond one a head. More of them pack a block of keys sooner, once in a flush, but come and
+go in every step. Chosen without a device."""
 
 
 class Strided(NamedTuple):
@@ -84,9 +84,9 @@ class Blocks:
 
 
 @triton.jit
-def _rows_of(pages, index, head):
-    """Pointers to the first row of a head in page `index`."""
-    return pages.ptr + index.to(tl.int64) * pages.stride_0 + head * pages.stride_1
+def _rows_of(tensor, index, head):
+    """Pointers to the first row of a head in sequence, or page, `index`."""
+    return tensor.ptr + index.to(tl.int64) * tensor.stride_0 + head * tensor.stride_1
 
 
 @triton.jit

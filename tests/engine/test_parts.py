@@ -25,7 +25,7 @@ from tests import tiny
 LLAMA_8B = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     cuts=st.lists(st.integers(1, 20), min_size=1, max_size=4), num_queries=st.integers(1, 5),
     group=st.sampled_from([1, 3]), size=st.sampled_from([0.1, 1.0, 50.0]),

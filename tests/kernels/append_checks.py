@@ -162,7 +162,7 @@ def build_append(case: AppendCase, *, num_taken: int = 0, device: str = "cpu", s
     generator = torch.Generator().manual_seed(seed)
     rule, batch, heads, dim = case.rule, len(case.starts), case.num_kv_heads, case.head_dim
     lengths = [start + num_taken for start in case.starts]
-    shape = (batch, heads, max(case.starts) + case.num_steps, dim)
+    shape = (batch, heads, max(1, max(case.starts) + case.num_steps), dim)  # a sequence of length 0 is fed a token too
     fresh_dtype = case.fresh_dtype or case.dtype
     keys, values = (_spread(torch.randn(shape, generator=generator), case.spread).to(fresh_dtype) for _ in range(2))
     exact_keys, exact_values = keys.to(case.dtype), values.to(case.dtype)

@@ -17,7 +17,7 @@ from kvlens.kernels import packed_attend as operation
 from kvlens.kernels.native import jit, threads
 from kvlens.kernels.packed_attend import cpu, reference
 
-BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(packed_attend, inputs):

@@ -14,7 +14,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from kvlens.kernels import pursuit
 from kvlens.kernels.pursuit import PackedAtoms, SparseCodes, pack_atoms, pursue, reference, restore, unpack_atoms
 
-BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["reference", "cpu", "cpu-generic"], autouse=True)

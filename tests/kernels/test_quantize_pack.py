@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from kvlens.kernels import quantize_pack as operation
 from kvlens.kernels.quantize_pack import Packed, reference
 
-BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def assert_same(got: Packed, expected: Packed) -> None:

@@ -15,7 +15,7 @@ from kvlens.kernels import sparse_attend as operation
 from kvlens.kernels.native import jit, threads
 from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparseSide, cpu, reference
 
-BOUNDED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BOUNDED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(sparse_attend, inputs):
