@@ -116,7 +116,7 @@ def test_a_lane_that_lacks_memory_beside_others_is_taken_again_without_them(tiny
 
 
 def test_copies_of_a_layer_are_different_layers():
-    case = layers.Case("tiny", ModelShape(1, 4, 2, 32), 2, 300)
+    case = layers.Case("tiny", ModelShape(1, 4, 2, 32), 2, 300, torch.float32)
     for build, candidate in ((layers.kivi_steps, PACKED[0]), (layers.csr_steps, PACKED[-1])):
         outputs = [step().output for step in build(case, candidate.config, 3, CPU)]
         assert len(outputs) == 3
@@ -280,7 +280,7 @@ def test_kivis_own_code_is_called_as_it_wants_to_be(tmp_path, own_modules, bits)
     (tmp_path / "quant").mkdir()
     for name in ("matmul", "new_pack"):
         (tmp_path / "quant" / f"{name}.py").write_text(CHECKOUT)
-    case = layers.Case("tiny grouped", ModelShape(1, 4, 2, 32), 2, 300)
+    case = layers.Case("tiny grouped", ModelShape(1, 4, 2, 32), 2, 300, torch.float32)
     (layer,) = layers.dense_layers(case, 1, CPU)
     (step,) = peers.load(f"kivi={tmp_path}")[bits // 4].steps(case, layer, 1)
 

@@ -1,7 +1,8 @@
 """One layer's cache as attention meets it, filled with random numbers: exact, packed (KIVI) and sparse (CSR).
 
 Copies of a layer are rows of one larger batch, their pages shuffled in one pool, as the layers of a cache are. A step
-is that of the newest of `tokens` tokens: it reads what was packed before it, and the rest exact.
+is that of the newest of `tokens` tokens: it reads what was packed before it, and the rest exact. `benchmarks.gpu`
+and `benchmarks.tune` run kernels on such layers, `benchmarks.instructions` compiles them for such.
 """
 
 from collections.abc import Iterator
@@ -25,12 +26,16 @@ from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, Spar
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of a model; `shape` has that one layer. `tokens` counts the newest, whose step is taken."""
+    """A layer of a model; `shape` has that one layer. `tokens` counts the newest, whose step is taken.
+
+    `dtype` is that of the query and of exact tokens.
+    """
 
     model: str
     shape: ModelShape
     batch: int
     tokens: int
+    dtype: torch.dtype = torch.float16
 
     @property
     def dense_bytes(self) -> int:
@@ -49,32 +54,52 @@ class Case:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """Exact keys and values. Shapes: query `[B, HQ, 1, D]`, keys and values `[B, HK, T, D]`."""
+    """Exact tokens. Shapes: query `[B, HQ, 1, D]`, keys and values `[B, HK, T, D]`, length int32 `[B]`: T."""
 
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    length: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What our own kernel takes, which reads lengths on the device."""
+        return self.query.squeeze(2), self.keys, self.values, self.length
+
+
+PackedLayer = tuple[torch.Tensor, PackedPast, ExactTokens]
+"""What `packed_attend` takes: query, packed tokens, exact tokens."""
+
+SparseLayer = tuple[torch.Tensor, SparsePast, ExactTokens]
+"""What `sparse_attend` takes."""
 
 
 def dense_layers(case: Case, copies: int, device: torch.device) -> list[DenseLayer]:
     shape, rows = case.shape, case.batch * copies
-    query = _random(rows, shape.num_query_heads, 1, shape.head_dim, device=device, dtype=_query_dtype(device))
+    query = _random(rows, shape.num_query_heads, 1, shape.head_dim, device=device, dtype=case.dtype)
     past = [
-        _random(rows, shape.num_kv_heads, case.tokens, shape.head_dim, device=device, dtype=query.dtype)
+        _random(rows, shape.num_kv_heads, case.tokens, shape.head_dim, device=device, dtype=case.dtype)
         for _ in range(2)
     ]
-    return [DenseLayer(*layer) for layer in _each(copies, query, *past)]
+    return [DenseLayer(*layer) for layer in _each(copies, query, *past, _counts(case, case.tokens, copies, device))]
 
 
 def own_dense_step(case: Case, layer: DenseLayer) -> Step:
-    """Our own kernel on exact tokens, which reads lengths on the device."""
-    query, keys, values = layer.query.squeeze(2), layer.keys, layer.values
-    length = torch.full((case.batch,), case.tokens, dtype=torch.int32, device=query.device)
-    options = {"scaling": case.scaling, "longest": case.tokens, "is_ragged": False}
-    return partial(paths.native, query, keys, values, length, **options)
+    """Our own kernel on exact tokens."""
+    return partial(paths.native, *layer.inputs, scaling=case.scaling, longest=case.tokens, is_ragged=False)
 
 
 def kivi_steps(case: Case, config: KiviConfig, copies: int, device: torch.device) -> list[Step]:
+    layers = kivi_layers(case, config, copies, device)
+    return [partial(packed_attend, *layer, scaling=case.scaling) for layer in layers]
+
+
+def csr_steps(case: Case, config: CsrConfig, copies: int, device: torch.device) -> list[Step]:
+    layers = csr_layers(case, config, copies, device)
+    return [partial(sparse_attend, *layer, scaling=case.scaling) for layer in layers]
+
+
+def kivi_layers(case: Case, config: KiviConfig, copies: int, device: torch.device) -> list[PackedLayer]:
     shape, layout = case.shape, config.layout(case.shape.head_dim)
     heads, dim, page = shape.num_kv_heads, shape.head_dim, layout.page_tokens
     table = _table(case, config, page, copies, device)
@@ -89,16 +114,15 @@ def kivi_steps(case: Case, config: KiviConfig, copies: int, device: torch.device
 
     keys = pages(dim, page, layout.key_bits, layout.key_group_size)
     values = pages(page, dim, layout.value_bits, layout.value_group_size)
-    counts = (_packed_counts(case, config, side, copies, device) for side in range(2))
+    counts = (_counts(case, config.num_packed(side, case.tokens - 1), copies, device) for side in range(2))
     rings = config.residual_length, config.residual_length + config.value_flush
-    steps = []
-    for query, exact, table_row, *num in _with_exact(case, config, rings, copies, device, table, *counts):
-        past = PackedPast(layout, keys, values, table_row, *num)
-        steps.append(partial(packed_attend, query, past, exact, scaling=case.scaling))
-    return steps
+    return [
+        (query, PackedPast(layout, keys, values, table_row, *num), exact)
+        for query, exact, table_row, *num in _with_exact(case, config, rings, copies, device, table, *counts)
+    ]
 
 
-def csr_steps(case: Case, config: CsrConfig, copies: int, device: torch.device) -> list[Step]:
+def csr_layers(case: Case, config: CsrConfig, copies: int, device: torch.device) -> list[SparseLayer]:
     """Random codes over random atoms; every atom is as likely as any other, which is the worst for caches."""
     shape, facts = case.shape, StandInFacts(case.shape, device=device)
     found = facts.dictionary(config.kind)
@@ -118,13 +142,12 @@ def csr_steps(case: Case, config: CsrConfig, copies: int, device: torch.device) 
         sides.append(SparseSide(words, scales, atoms[0], None if means is None else means[0]))
     turn = None if config.is_after_rope else facts.rotary.turn
     turn = turn and KeyTurn(turn.inverse_frequencies.to(device), turn.scale)
-    counts = _packed_counts(case, config, 0, copies, device)
+    counts = _counts(case, config.num_packed(0, case.tokens - 1), copies, device)
     rings = (config.window + config.flush,) * 2
-    steps = []
-    for query, exact, table_row, num_tokens in _with_exact(case, config, rings, copies, device, table, counts):
-        past = SparsePast(layout, *sides, table_row, num_tokens, turn)
-        steps.append(partial(sparse_attend, query, past, exact, scaling=case.scaling))
-    return steps
+    return [
+        (query, SparsePast(layout, *sides, table_row, num_tokens, turn), exact)
+        for query, exact, table_row, num_tokens in _with_exact(case, config, rings, copies, device, table, counts)
+    ]
 
 
 def _with_exact(
@@ -132,19 +155,18 @@ def _with_exact(
 ) -> Iterator[tuple]:
     """For every copy a query, exact tokens around the packed ones, and its share of the other tensors."""
     shape, rows = case.shape, case.batch * copies
-    query = _random(rows, shape.num_query_heads, shape.head_dim, device=device, dtype=_query_dtype(device))
+    query = _random(rows, shape.num_query_heads, shape.head_dim, device=device, dtype=case.dtype)
     around = [
-        _random(rows, shape.num_kv_heads, count, shape.head_dim, device=device, dtype=torch.float16)
+        _random(rows, shape.num_kv_heads, count, shape.head_dim, device=device, dtype=case.dtype)
         for count in (*rings, config.num_sinks, config.num_sinks)
     ]
-    length = torch.full((rows,), case.tokens, dtype=torch.int32, device=device)
+    length = _counts(case, case.tokens, copies, device)
     for own_query, *own in _each(copies, query, *around, length, *others):
         yield own_query, ExactTokens(*own[:5]), *own[5:]
 
 
-def _packed_counts(case: Case, config: PagedConfig, side: int, copies: int, device: torch.device) -> torch.Tensor:
-    """Packed keys (side 0) or values of each row when the newest token comes."""
-    count = config.num_packed(side, case.tokens - 1)
+def _counts(case: Case, count: int, copies: int, device: torch.device) -> torch.Tensor:
+    """The same count of tokens for each row."""
     return torch.full((case.batch * copies,), count, dtype=torch.int32, device=device)
 
 
@@ -168,7 +190,3 @@ def _words(*size: int, device: torch.device) -> torch.Tensor:
 
 def _random(*size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(size, device=device, dtype=dtype)
-
-
-def _query_dtype(device: torch.device) -> torch.dtype:
-    return torch.float16 if device.type == "cuda" else torch.float32

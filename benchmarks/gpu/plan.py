@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from benchmarks.gpu.layers import Case
 from kvlens.engine.architectures import ARCHITECTURES, Architecture
 from kvlens.engine.bench import Candidate
@@ -96,8 +98,8 @@ _TINY = Architecture("tiny", "llama", ModelShape(2, 4, 2, 32), 64, 96, 100, 1024
 
 DRY = Plan(
     layers=(
-        Case("tiny", ModelShape(1, 4, 4, 32), 1, 300),
-        Case("tiny grouped", ModelShape(1, 4, 2, 32), 2, 260),
+        Case("tiny", ModelShape(1, 4, 4, 32), 1, 300, torch.float32),
+        Case("tiny grouped", ModelShape(1, 4, 2, 32), 2, 260, torch.float32),
     ),
     networks=(Network(_TINY, ((2, 200),)),),
     headline=Headline(_TINY, prompt=40, output=8, budget_bytes=600_000, batch_step=1),
