@@ -1,161 +1,210 @@
-"""What the Triton kernels become on a GPU, found without one: registers, spills, instructions per value.
+"""What the Triton kernels become on a GPU, found without one: registers, spills, instructions for each value.
 
     python -m benchmarks.instructions [--arch 90]
 
 A decode kernel that streams packed pages at full bandwidth has few instructions for each value it reads.
 On an H200 (4.8 TB/s, 132 multiprocessors at 1.76 to 1.98 GHz, 128 instructions a cycle) KIVI-2 streams 12.8
-trillion values a second, which leaves 2.3 to 2.6 instructions a value; KIVI-4 has 3.9 to 4.4. Counted is the
-machine code of the page loop: one pass reads a tile of keys and of values.
+trillion values a second, which leaves 2.3 to 2.6 instructions a value; KIVI-4 has 3.9 to 4.4, fp16 12 to 14.
+
+Counted is the machine code of a kernel's longest loop, with the loops within it as often as they run, or all of a
+kernel that has none; times the threads, by the values that they handle together. Values are what a cache stores, exact
+or as codes, unless a row says otherwise: merging reads parts, tables and outputs of CSR read atoms.
 """
 
 import argparse
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 import triton
 
-from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
+from benchmarks import report
+from benchmarks.gpu import layers
+from benchmarks.gpu.layers import Case
+from benchmarks.gpu.session import gpu_conditions
+from benchmarks.machine_code import MachineCode
+from kvlens.engine.methods.csr import CsrConfig
+from kvlens.engine.methods.kivi import KiviConfig
+from kvlens.engine.shape import ModelShape
+from kvlens.kernels.append_pack import triton as append_pack
+from kvlens.kernels.compiled import Launch
+from kvlens.kernels.dense_attend import triton as dense_attend
 from kvlens.kernels.packed_attend import triton as packed_attend
-from kvlens.kernels.quantize_pack import Packed
+from kvlens.kernels.pursuit import triton as pursuit
+from kvlens.kernels.quantize_pack import triton as quantize_pack
+from kvlens.kernels.sparse_attend import triton as sparse_attend
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's attention and a cache for it; `window` is the capacity of the exact rings."""
-
-    bits: int
-    head_dim: int = 128
-    num_query_heads: int = 32
-    num_kv_heads: int = 32
-    dtype: torch.dtype = torch.float16
-    page_tokens: int = 128
-    group_size: int = 32
-    num_sinks: int = 4
-    window: int = 128
-
-    def __str__(self) -> str:
-        heads = f"{self.num_query_heads}/{self.num_kv_heads}x{self.head_dim}"
-        return f"KIVI-{self.bits} {heads} {str(self.dtype).removeprefix('torch.')}"
+ARCHS = (80, 90, 120)
+CPU = torch.device("cpu")
+KIVI = {bits: KiviConfig(key_bits=bits, value_bits=bits) for bits in (2, 4)}
+CSR = {"compact": CsrConfig(), "look-up": CsrConfig(keys="after RoPE", is_centred=False)}
+PURSUITS = {
+    "MP": {"distinct": False, "refit": False, "orthogonal": False},
+    "MP + fit": {"distinct": True, "refit": True, "orthogonal": False},
+    "OMP": {"distinct": True, "refit": False, "orthogonal": True},
+}
 
 
-SHIPPED = [
-    Shape(bits, head_dim, num_kv_heads=num_kv_heads, dtype=dtype)
-    for head_dim in (128, 64)
-    for bits in (2, 4)
-    for num_kv_heads in (32, 8)
-    for dtype in (torch.float16, torch.bfloat16)
-]
+def case_of(head_dim: int = 128, num_kv_heads: int = 32, dtype: torch.dtype = torch.float16) -> Case:
+    shape = ModelShape(1, 32, num_kv_heads, head_dim)
+    name = f"32/{num_kv_heads}x{head_dim} {str(dtype).removeprefix('torch.')}"
+    return Case(name, shape, batch=1, tokens=4096, dtype=dtype)
+
+
+CASES = tuple(case_of(head_dim, num_kv_heads) for head_dim in (128, 64, 96, 256) for num_kv_heads in (32, 8))
+PACKED = (*product(KIVI, CASES), *product(KIVI, (replace(CASES[1], model="32/8x128 bfloat16", dtype=torch.bfloat16),)))
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Of one kernel: registers a thread, bytes spilled, bytes of shared memory, the instructions of its longest
-    loop by name, and how many values one pass of that loop reads."""
+class Subject:
+    """A launch to count. A pass of its longest loop handles `num_values`, the loops within it running `trips` times;
+    `trips` None: there is none, and the whole program handles them."""
 
+    kernel: str
+    shape: str
+    launch: Launch
+    num_values: float | None
+    trips: tuple[float, ...] | None = ()
+    values: str = "stored"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`instructions` of a thread for `num_values` that its program's threads handle together."""
+
+    kernel: str
+    shape: str
+    arch: int
     registers: int
-    stack_bytes: int
+    spilled_bytes: int
     shared_bytes: int
-    loop: Counter
-    num_values: int
-
-    @property
-    def per_value(self) -> float:
-        """Instructions of a thread for each stored value: 32 threads read them together."""
-        return 32 * self.loop.total() / self.num_values
+    instructions: float
+    num_values: float | None
+    values: str
+    per_value: float | None
 
 
-def compile_attend(shape: Shape, arch: int) -> Compiled:
-    """The attention kernel for `shape`, compiled for compute capability `arch`."""
-    _, (attend, _) = packed_attend.prepare(*empty_inputs(shape), scaling=1.0, arch=arch)
-    tiling = attend.arguments["TILING"]
-    kernel = attend.compile(arch)
-    code = disassemble(kernel.asm["cubin"])
-    usage = inspect(kernel.asm["cubin"])
-    return Compiled(
-        registers=usage["REG"],
-        stack_bytes=usage["STACK"],
-        shared_bytes=kernel.metadata.shared,
-        loop=Counter(longest_loop(code)),
-        num_values=2 * tiling.tile_tokens * tiling.head_dim,
-    )
+def count(subject: Subject, arch: int) -> tuple[Row, MachineCode]:
+    """The figures of a subject compiled for compute capability `arch`, and its code."""
+    code = MachineCode.of(subject.launch.compile(arch))
+    issued = code.num_instructions if subject.trips is None else code.issued(subject.trips)
+    threads = 32 * subject.launch.arguments["num_warps"]
+    row = Row(
+        subject.kernel, subject.shape, arch, code.registers, code.stack_bytes, code.shared_bytes, issued,
+        subject.num_values, subject.values, subject.num_values and threads * issued / subject.num_values,
+    )  # fmt: skip
+    return row, code
 
 
-def empty_inputs(shape: Shape, num_pages: int = 8) -> tuple[torch.Tensor, PackedPast, ExactTokens]:
-    """Tensors of the shapes, strides and dtypes that a launch of batch 1 has. Their contents are not set."""
-    heads, dim, tokens = shape.num_kv_heads, shape.head_dim, shape.page_tokens
-    group, half = shape.group_size, torch.float16
-
-    def pages(rows: int, row: int) -> Packed:
-        lead = (num_pages, heads, rows)
-        return Packed(
-            torch.empty(*lead, row * shape.bits // 16, dtype=torch.int16),
-            torch.empty(*lead, row // group, dtype=half),
-            torch.empty(*lead, row // group, dtype=half),
-        )
-
-    past = PackedPast(
-        PageLayout(tokens, shape.bits, shape.bits, group, group),
-        pages(dim, tokens),
-        pages(tokens, dim),
-        *(torch.empty(size, dtype=torch.int32) for size in ((1, num_pages), 1, 1)),
-    )
-    rings = [torch.empty(1, heads, size, dim, dtype=shape.dtype) for size in (shape.window, shape.num_sinks)]
-    exact = ExactTokens(rings[0], rings[0], rings[1], rings[1], torch.empty(1, dtype=torch.int32))
-    return torch.empty(1, shape.num_query_heads, dim, dtype=shape.dtype), past, exact
+def subjects(arch: int) -> Iterator[Subject]:
+    """Every kernel on the shapes that matter."""
+    for bits, case in PACKED:
+        yield packed(bits, case, arch)
+    for case in CASES:
+        yield from dense(case, arch)
+    for mode, case in product(CSR, CASES[:4]):
+        yield from sparse(mode, case, arch)
+    for bits in KIVI:
+        yield from quantizing(bits)
+        yield appending(bits)
+    for mode in PURSUITS:
+        yield from pursuing(mode, arch)
+    yield restoring()
 
 
-def disassemble(cubin: bytes) -> str:
-    return _run("nvdisasm", "-c", cubin)
+def packed(bits: int, case: Case, arch: int) -> Subject:
+    (layer,) = layers.kivi_layers(case, KIVI[bits], 1, CPU)
+    _, (attend, _) = packed_attend.prepare(*layer, scaling=case.scaling, arch=arch)
+    num_values = 2 * attend.arguments["TILING"].tile_tokens * case.shape.head_dim
+    return Subject("packed_attend", f"KIVI-{bits} {case.model}", attend, num_values)
 
 
-def inspect(cubin: bytes) -> dict[str, int]:
-    """`cuobjdump -res-usage` of a single kernel: REG, STACK, SHARED, LOCAL and others."""
-    return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", _run("cuobjdump", "-res-usage", cubin))}
+def dense(case: Case, arch: int) -> Iterator[Subject]:
+    """With grouped heads, whose programs are few, parts and the launch that merges them."""
+    (layer,) = layers.dense_layers(case, 1, CPU)
+    _, (attend, *merge) = dense_attend.prepare(*layer.inputs, scaling=case.scaling, arch=arch)
+    yield Subject("dense_attend", case.model, attend, 2 * attend.arguments["TILING"].tile_tokens * case.shape.head_dim)
+    for launch in merge:
+        num_values = launch.arguments["BLOCK_PARTS"] * case.shape.head_dim
+        yield Subject("split_k merge", case.model, launch, num_values, values="of parts")
 
 
-def longest_loop(code: str) -> list[str]:
-    """The instructions, by name, between the farthest backward branch of a disassembly and its target."""
-    names, labels, longest = [], {}, (0, 0)
-    for line in code.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        if instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
-            names.append(instruction[1])
-            target = re.search(r"\.L_x_\d+", instruction[2]) if instruction[1].startswith("BRA") else None
-            if target and target[0] in labels:
-                longest = max(longest, (labels[target[0]], len(names)), key=lambda ends: ends[1] - ends[0])
-    return names[slice(*longest)]
+def sparse(mode: str, case: Case, arch: int) -> Iterator[Subject]:
+    (layer,) = layers.csr_layers(case, CSR[mode], 1, CPU)
+    _, (table, weigh, scatter, output) = sparse_attend.prepare(*layer, scaling=case.scaling, arch=arch)
+    tiling = weigh.arguments["TILING"]
+    tile_values = tiling.tile_tokens * tiling.head_dim
+    is_turned = tiling.turned_channels > 0
+    atom_values = None if is_turned else table.arguments["BLOCK_ATOMS"] * tiling.head_dim  # turned keys have no table
+    trips = (tiling.turned_channels / 2 / tiling.turn_channels, tiling.key_atoms) if is_turned else ()
+    name = f"CSR {mode} {case.model}"
+    yield Subject("sparse_attend table", name, table, atom_values, None, "of atoms")
+    yield Subject("sparse_attend weigh", name, weigh, tile_values, trips)
+    yield Subject("sparse_attend scatter", name, scatter, tile_values if is_turned else 2 * tile_values)
+    num_values = output.arguments["BLOCK_ATOMS"] * tiling.block_channels
+    yield Subject("sparse_attend output", name, output, num_values, values="of atoms")
 
 
-def _run(tool: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+def quantizing(bits: int) -> Iterator[Subject]:
+    """Keys are quantized along tokens, values along channels."""
+    tokens = torch.empty(1, 32, 128, 128, dtype=torch.float16)
+    for side, rows in (("keys", tokens.mT), ("values", tokens)):
+        _, (launch,) = quantize_pack.prepare(rows, bits=bits, group_size=32)
+        num_values = launch.arguments["BLOCK_ROWS"] * launch.arguments["FORMAT"].length
+        yield Subject("quantize_pack", f"{side}, {bits} bit", launch, num_values, None)
+
+
+def appending(bits: int) -> Subject:
+    """The step in which a block of keys and one token's values fall due."""
+    ((_, past, exact),) = layers.kivi_layers(case_of(), KIVI[bits], 1, CPU)
+    token = exact.keys[:, :, 0]
+    (launch,) = append_pack.prepare(token, token, exact, KIVI[bits].flush_rule, past)
+    blocks = launch.arguments["BLOCKS"]
+    num_values = sum(side.block_rows * side.row.length for side in (blocks.keys, blocks.values))
+    return Subject("append_pack", f"KIVI-{bits} {case_of().model}", launch, num_values, None)
+
+
+def pursuing(mode: str, arch: int) -> Iterator[Subject]:
+    """Both loops are passed once for each atom of a vector."""
+    vectors, dictionary = torch.empty(4096, 128, dtype=torch.float16), torch.empty(1024, 128)
+    _, (pursue, *fit) = pursuit.prepare(vectors, dictionary, sparsity=8, gram=None, arch=arch, **PURSUITS[mode])
+    arguments = pursue.arguments
+    trips = (arguments["NUM_ATOMS"] / arguments["BLOCK_N"],)
+    if arguments["ORTHOGONAL"]:
+        trips += ((arguments["SPARSITY"] - 1) / 2,)
+    name = f"{mode}, 8 of 1024 atoms of 128"
+    yield Subject("pursuit", name, pursue, arguments["BLOCK_V"] * 128 / arguments["SPARSITY"], trips)
+    for launch in fit:
+        yield Subject("pursuit fit", name, launch, launch.arguments["BLOCK_V"] * 128 / arguments["SPARSITY"])
+
+
+def restoring() -> Subject:
+    codes = pursuit.SparseCodes(torch.empty(4096, 8, dtype=torch.int16), torch.empty(4096, 8))
+    _, (launch,) = pursuit.prepare_restore(codes, torch.empty(1024, 128))
+    return Subject("pursuit restore", "8 of 1024 atoms of 128", launch, launch.arguments["BLOCK_V"] * 128 / 8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, default=90, help="compute capability (default: 90, H100 and H200)")
-    parser.add_argument("--mix", action="store_true", help="also print which instructions the loop is made of")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHS, metavar="CC",
+        help="compute capabilities; all of %(default)s are saved, fewer printed alone",
+    )  # fmt: skip
+    parser.add_argument("--only", default="", metavar="KERNEL", help="kernels with this in their name; saves nothing")
+    parser.add_argument("--mix", action="store_true", help="also print which instructions the loops are made of")
     options = parser.parse_args()
-    print(f"triton {triton.__version__}, sm_{options.arch}")
-    print(f"{'':36}{'registers':>10}{'spilled':>9}{'shared':>8}{'loop':>7}{'per value':>11}")
-    for shape in SHIPPED:
-        compiled = compile_attend(shape, options.arch)
-        print(
-            f"{shape!s:36}{compiled.registers:>10}{compiled.stack_bytes:>9}{compiled.shared_bytes:>8}"
-            f"{compiled.loop.total():>7}{compiled.per_value:>11.2f}"
-        )
-        if options.mix:
-            print("   ", ", ".join(f"{name} {count}" for name, count in compiled.loop.most_common(24)))
+    print(f"triton {triton.__version__}")
+    rows = []
+    for arch in options.arch:
+        counted = [count(subject, arch) for subject in subjects(arch) if options.only in subject.kernel]
+        report.show([row for row, _ in counted])
+        for row, code in counted if options.mix else ():
+            print(f"{row.kernel} {row.shape}:", ", ".join(f"{name} {n}" for name, n in code.loop.most_common(24)))
+        rows += [row for row, _ in counted]
+    if not options.only and {*ARCHS} <= {*options.arch}:
+        given = gpu_conditions(CPU)
+        report.write(report.RESULTS / "instructions.csv", [asdict(row) | given for row in rows])
 
 
 if __name__ == "__main__":

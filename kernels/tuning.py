@@ -138,25 +138,39 @@ def load(device_name: str, arch: int) -> dict[str, tuple[Tuned, ...]]:
         for other in TUNED.glob("*.json")
         for its_arch, tuned in [read(other)]
         # what fits more shared memory may not fit less
-        if its_arch // 10 == arch // 10 and _shared_kibibytes(its_arch) <= _shared_kibibytes(arch)
+        if its_arch // 10 == arch // 10 and shared_kibibytes(its_arch) <= shared_kibibytes(arch)
     ]
     return min(related, key=lambda each: each[:2])[2] if related else {}
 
 
-def save(device_name: str, arch: int, conditions: dict[str, str], tuned: dict[str, list[Tuned]]) -> Path:
-    """Write the file of a device, whole; gives its path."""
-    path = path_of(device_name)
+def save(
+    device_name: str,
+    arch: int,
+    conditions: dict[str, str],
+    tuned: dict[str, list[Tuned]],
+    folder: Path | None = None,
+) -> Path:
+    """Write operations into the file of a device, where others that it has stay; gives its path, in TUNED or `folder`.
+
+    Raises: ValueError if there is one that this version cannot read.
+    """
+    path = path_of(device_name, folder)
     path.parent.mkdir(exist_ok=True)
-    operations = {operation: [asdict(each) for each in found] for operation, found in tuned.items()}
-    written = {"device": device_name, "compute_capability": arch, "conditions": conditions, "tuned": operations}
+    operations = {}
+    if path.exists():
+        read(path)
+        operations = json.loads(path.read_text())["operations"]
+    for operation, found in tuned.items():
+        operations[operation] = {"conditions": conditions, "tuned": [asdict(each) for each in found]}
+    written = {"device": device_name, "compute_capability": arch, "operations": operations}
     path.write_text(json.dumps(written, indent=1) + "\n")
     load.cache_clear()
     configuration_of.cache_clear()
     return path
 
 
-def path_of(device_name: str) -> Path:
-    return TUNED / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
+def path_of(device_name: str, folder: Path | None = None) -> Path:
+    return (folder or TUNED) / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
 
 
 def read(path: Path) -> tuple[int, dict[str, tuple[Tuned, ...]]]:
@@ -164,8 +178,8 @@ def read(path: Path) -> tuple[int, dict[str, tuple[Tuned, ...]]]:
     try:
         written = json.loads(path.read_text())
         tuned = {
-            operation: tuple(_tuned(operation, **each) for each in found)
-            for operation, found in written["tuned"].items()
+            operation: tuple(_tuned(operation, **each) for each in found["tuned"])
+            for operation, found in written["operations"].items()
         }
         return int(written["compute_capability"]), tuned
     except (KeyError, TypeError, ValueError) as error:
@@ -177,6 +191,6 @@ def _tuned(operation: str, *, shape: dict, configuration: dict, **figures: Any) 
     return Tuned(Shape(**shape), kind(**configuration), **figures)
 
 
-def _shared_kibibytes(arch: int) -> int:
+def shared_kibibytes(arch: int) -> int:
     """Shared memory that one program may have (CUDA C++ programming guide, compute capabilities)."""
     return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}.get(arch, 99)

@@ -42,9 +42,13 @@ class Deadline:
     def __post_init__(self) -> None:
         self._until = time.perf_counter() + self.seconds
 
+    @property
+    def left(self) -> float:
+        return max(0.0, self._until - time.perf_counter())
+
     def allows(self, what: str) -> bool:
         """Whether `what` may still begin; says so if not."""
-        is_in_time = time.perf_counter() < self._until
+        is_in_time = self.left > 0
         if not is_in_time:
             print(f"  {what} is left out: the {self.seconds:.0f} s of this section are over", flush=True)
         return is_in_time

@@ -93,10 +93,22 @@ def test_what_is_saved_comes_back_with_its_figures(device):
     assert tuning.load("NVIDIA H200", 90) == {"packed_attend": (Tuned(LLAMA, packed(5), 4096, 0.5, 0.6),)}
     written = json.loads(tuning.path_of("NVIDIA H200").read_text())
     assert written["device"] == "NVIDIA H200"
-    assert written["conditions"] == {"date": "2026-01-01"}
+    assert written["operations"]["packed_attend"]["conditions"] == {"date": "2026-01-01"}
 
 
-@pytest.mark.parametrize("change", [{"tuned": {"packed_attend": [{"shape": {}}]}}, {"compute_capability": None}, {}])
+def test_saving_an_operation_leaves_the_others_and_their_conditions(device):
+    save("NVIDIA H200", 90, (LLAMA, packed(5)))
+    dense = Tuned(replace(LLAMA, bits=0), DenseConfiguration(2, 4), 4096, 0.5, 0.6)
+    path = tuning.save("NVIDIA H200", 90, {"date": "2026-01-02"}, {"dense_attend": [dense]})
+    assert tuning.load("NVIDIA H200", 90)["dense_attend"] == (dense,)
+    assert found() == packed(5)
+    dates = {name: each["conditions"]["date"] for name, each in json.loads(path.read_text())["operations"].items()}
+    assert dates == {"packed_attend": "2026-01-01", "dense_attend": "2026-01-02"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"operations": {"packed_attend": {"tuned": [{"shape": {}}]}}}, {"compute_capability": None}, {}]
+)
 def test_a_file_of_another_version_is_named(device, change):
     save("NVIDIA H200", 90, (LLAMA, packed(5)))
     path = tuning.path_of("NVIDIA H200")
