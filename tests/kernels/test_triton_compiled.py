@@ -9,25 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from append_checks import AppendCase, build_append
+from cases import AttendCase, build_attend
+from sparse_cases import SparseCase, build_sparse
 
-from benchmarks.instructions import (
-    SHIPPED,
-    Shape,
-    compile_attend,
-    disassemble,
-    empty_inputs,
-    inspect,
-    longest_loop,
-)
+from benchmarks import instructions
+from benchmarks.instructions import PACKED, case_of, count
+from benchmarks.machine_code import MachineCode, inspect
 from kvlens.kernels.append_pack import triton as append_pack
 from kvlens.kernels.compiled import Launch
 from kvlens.kernels.dense_attend import triton as dense_attend
-from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import triton as packed_attend
 from kvlens.kernels.packed_attend.tiling import plan_of
 from kvlens.kernels.pursuit import triton as pursuit
 from kvlens.kernels.quantize_pack import triton as quantize_pack
-from kvlens.kernels.sparse_attend import KeyTurn, SparseLayout, SparsePast, SparseSide
 from kvlens.kernels.sparse_attend import triton as sparse_attend
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -36,40 +30,48 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 BUDGET = {2: 2.3, 4: 3.9}
 
 
-# On the H100 and H200 every shape in one of its dtypes; on the A100 and on RTX Blackwell two
+# On the H100 and H200 every shape; on the A100 and on RTX Blackwell two
 TO_COMPILE = [
-    *((90, shape) for i, shape in enumerate(SHIPPED) if (i // 2 + i) % 2 == 0),
-    *((arch, Shape(2)) for arch in (80, 120)),
-    *((arch, Shape(4, num_kv_heads=8, dtype=torch.bfloat16)) for arch in (80, 120)),
-]
+    *((90, bits, case) for bits, case in PACKED if case.shape.head_dim in (64, 128)),
+    *((arch, bits, case_of(num_kv_heads=heads, dtype=dtype)) for arch in (80, 120)
+      for bits, heads, dtype in [(2, 32, torch.float16), (4, 8, torch.bfloat16)]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "shape"), TO_COMPILE, ids=str)
-def test_attention_spills_nothing_and_keeps_its_budget(arch, shape):
-    compiled = compile_attend(shape, arch)
-    assert compiled.stack_bytes == 0
-    assert compiled.registers <= 255
-    assert not any(name.startswith(("LDL", "STL")) for name in compiled.loop)
-    assert any(name.startswith("HMMA") for name in compiled.loop), "the products must be on the tensor cores"
-    if shape.head_dim == 128:  # half the channels share the same overhead at 64
-        assert compiled.per_value <= BUDGET[shape.bits]
+@pytest.mark.parametrize(("arch", "bits", "case"), TO_COMPILE, ids=lambda given: getattr(given, "model", f"{given}"))
+def test_attention_spills_nothing_and_keeps_its_budget(arch, bits, case):
+    row, code = count(instructions.packed(bits, case, arch), arch)
+    assert code.stack_bytes == 0
+    assert code.registers <= 255
+    assert not any(name.startswith(("LDL", "STL")) for name in code.loop)
+    assert any(name.startswith("HMMA") for name in code.loop), "the products must be on the tensor cores"
+    if case.shape.head_dim == 128:  # half the channels share the same overhead at 64
+        assert row.per_value <= BUDGET[bits]
+
+
+ANY = AttendCase("any", (40,), (32,), (32,), num_query_heads=32, num_kv_heads=32, num_sinks=4, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
-    "shape",
+    "case",
     [
-        Shape(2, head_dim=64, page_tokens=32),
-        Shape(4, head_dim=96, num_query_heads=9, num_kv_heads=1, group_size=96, page_tokens=96),
-        Shape(2, head_dim=256, num_query_heads=4, num_kv_heads=1, dtype=torch.bfloat16),
-        Shape(8, head_dim=64, dtype=torch.float32, num_sinks=0),
-        Shape(1, head_dim=64, page_tokens=256),
+        replace(ANY, page_tokens=32),
+        replace(ANY, key_bits=4, value_bits=4, head_dim=96, num_query_heads=9, num_kv_heads=1, page_tokens=96,
+                key_group_size=96, value_group_size=96),
+        replace(ANY, head_dim=256, num_query_heads=4, num_kv_heads=1, dtype=torch.bfloat16),
+        replace(ANY, key_bits=8, value_bits=8, dtype=torch.float32, num_sinks=0),
+        replace(ANY, key_bits=1, value_bits=1, page_tokens=256),
     ],
     ids=str,
-)
-def test_attention_compiles_for_every_layout(shape):
-    _, launches = packed_attend.prepare(*empty_inputs(shape), scaling=1.0, arch=90)
-    for launch in launches:
+)  # fmt: skip
+def test_attention_compiles_for_every_layout(case):
+    for launch in prepare_attend(case, arch=90):
         assert launch.compile(90).asm["cubin"]
+
+
+def prepare_attend(case: AttendCase, *, arch: int) -> tuple[Launch, ...]:
+    inputs = build_attend(case)
+    return packed_attend.prepare(inputs.query, inputs.past, inputs.exact, scaling=1.0, arch=arch)[1]
 
 
 DENSE_TO_COMPILE = [
@@ -88,67 +90,49 @@ def test_dense_attention_streams_tiles_and_spills_nothing(to_compile):
     query, keys = torch.empty(1, 32, head_dim, dtype=dtype), torch.empty(1, num_kv_heads, 4096, head_dim, dtype=dtype)
     length = torch.empty(1, dtype=torch.int32)
     _, launches = dense_attend.prepare(query, keys, keys, length, scaling=1.0, arch=arch)
-    cubins = [launch.compile(arch).asm["cubin"] for launch in launches]
-    assert [inspect(cubin)["STACK"] for cubin in cubins] == [0] * len(cubins)
-    loop = longest_loop(disassemble(cubins[0]))
+    codes = [MachineCode.of(launch.compile(arch)) for launch in launches]
+    assert [code.stack_bytes for code in codes] == [0] * len(codes)
+    loop = codes[0].loop
     assert any(name.startswith(("HMMA", "HGMMA")) for name in loop), "the products must be on the tensor cores"
     assert any(name.startswith("LDGSTS") and name.endswith("128") for name in loop), "tiles must be copied ahead"
     assert not any(name.startswith("LDG.") for name in loop), "all of them"
 
 
-def empty_sparse_inputs(
-    layout: SparseLayout,
-    num_query_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    turned_channels: int = 0,
-) -> tuple[torch.Tensor, SparsePast, ExactTokens]:
-    """Tensors of the shapes, strides and dtypes that a launch of batch 1 has. Their contents are not set.
+SPARSE = SparseCase(
+    "sparse", (200,), (128,), 0, 0, 128, 8, 8, num_key_atoms=1024, num_value_atoms=1024, page_tokens=128, num_sinks=4,
+    dtype=torch.float16,
+)  # fmt: skip
+TURNED = replace(SPARSE, key_atoms=7, value_atoms=7, page_tokens=64, turned_channels=128, means=("keys", "values"))
 
-    Turned keys, and values with them, have means.
-    """
-    means = torch.empty(num_kv_heads, head_dim) if turned_channels else None
 
-    def side(atoms: int, parts: int) -> SparseSide:
-        slots = (8, num_kv_heads, parts * atoms, layout.page_tokens)
-        sizes = (*slots[:2], layout.page_tokens) if layout.is_packed else slots
-        coefficients = torch.empty(sizes, dtype=torch.float16)
-        dictionary = torch.empty(1024, head_dim // parts)
-        return SparseSide(torch.empty(slots, dtype=torch.int16), coefficients, dictionary, means)
-
-    table, count, length = (torch.empty(size, dtype=torch.int32) for size in ((1, 8), 1, 1))
-    keys, values = side(layout.key_atoms, 1), side(layout.value_atoms, layout.value_parts)
-    ring, sinks = (torch.empty(1, num_kv_heads, size, head_dim, dtype=dtype) for size in (128, 4))
-    exact = ExactTokens(ring, ring, sinks, sinks, length)
-    query = torch.empty(1, num_query_heads, head_dim, dtype=dtype)
-    turn = KeyTurn(torch.ones(turned_channels // 2)) if turned_channels else None
-    return query, SparsePast(layout, keys, values, table, count, turn), exact
+def heads(case: SparseCase, num_query_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.bfloat16) -> SparseCase:
+    return replace(case, num_query_heads=num_query_heads, num_kv_heads=num_kv_heads, dtype=dtype)
 
 
 SPARSE_TO_COMPILE = [
-    (90, SparseLayout(128, 8, 8), 32, 8, 128, torch.float16),
-    (90, SparseLayout(128, 8, 4, 2, 16), 32, 32, 128, torch.bfloat16),
-    (90, SparseLayout(64, 4, 4), 4, 2, 64, torch.float32),
-    (90, SparseLayout(48, 7, 3, 2), 14, 1, 96, torch.float16),
-    *((arch, SparseLayout(128, 8, 8), 32, heads, 128, torch.bfloat16) for arch in (80, 120) for heads in (8, 32)),
-    *(
-        (arch, SparseLayout(64, 7, 7), 32, heads, 128, torch.bfloat16, 128)
-        for arch in (80, 90, 120)
-        for heads in (8, 32)
-    ),
-    (90, SparseLayout(64, 4, 2, 2, 16), 16, 1, 96, torch.float16, 64),
-]
+    (90, heads(SPARSE, 32, 8, torch.float16)),
+    (90, heads(replace(SPARSE, value_atoms=4, value_parts=2, coefficient_bits=16), 32, 32)),
+    (90, heads(replace(SPARSE, key_atoms=4, value_atoms=4, page_tokens=64, head_dim=64), 4, 2, torch.float32)),
+    (90, heads(replace(SPARSE, key_atoms=7, value_atoms=3, value_parts=2, page_tokens=48, head_dim=96), 14, 1)),
+    *((arch, heads(SPARSE, 32, num_kv_heads)) for arch in (80, 120) for num_kv_heads in (8, 32)),
+    *((arch, heads(TURNED, 32, num_kv_heads)) for arch in (80, 90, 120) for num_kv_heads in (8, 32)),
+    (90, heads(
+        replace(TURNED, key_atoms=4, value_atoms=2, value_parts=2, coefficient_bits=16, head_dim=96,
+                turned_channels=64), 16, 1, torch.float16)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("to_compile", SPARSE_TO_COMPILE, ids=str)
-def test_sparse_attention_spills_nothing(to_compile):
-    arch, *shape = to_compile
-    _, launches = sparse_attend.prepare(*empty_sparse_inputs(*shape), scaling=1.0, arch=arch)
-    for launch in launches:
+@pytest.mark.parametrize(("arch", "case"), SPARSE_TO_COMPILE, ids=str)
+def test_sparse_attention_spills_nothing(arch, case):
+    for launch in prepare_sparse(case, arch=arch):
         usage = inspect(launch.compile(arch).asm["cubin"])
         assert usage["STACK"] == 0, launch.kernel
         assert usage["REG"] <= 255
+
+
+def prepare_sparse(case: SparseCase, *, arch: int) -> tuple[Launch, ...]:
+    inputs = build_sparse(case)
+    return sparse_attend.prepare(inputs.query, inputs.past, inputs.exact, scaling=1.0, arch=arch)[1]
 
 
 def prepare_append(case: AppendCase, device: str = "cpu") -> Launch:
@@ -217,20 +201,42 @@ def test_pursuit_spills_nothing(arch, mode, num_atoms, width, sparsity):
     assert "mma" in compiled[0].asm["ptx"], "the products must be on the tensor cores"
 
 
+def test_every_kernel_is_counted():
+    """The loops of each are found, whose lengths the table is made of; compiling all is left to the table."""
+    subjects = [subject for subject in instructions.subjects(90) if "compact 32/8x64" in subject.shape]
+    rows = {subject.kernel: count(subject, 90)[0] for subject in subjects}
+    assert [name.removeprefix("sparse_attend ") for name in rows] == ["table", "weigh", "scatter", "output"]
+    assert rows.pop("sparse_attend table").per_value is None  # turned keys have none
+    assert all(1 < row.per_value < 100 for row in rows.values())
+
+
+def test_loops_within_a_loop_count_as_often_as_they_run():
+    names = ("MOV", "IADD", "FFMA", "BRA", "IADD", "BRA", "EXIT", "BRA", "NOP")
+    code = MachineCode(8, 0, 0, names, (range(1, 6), range(2, 4)))
+    assert code.issued((10,)) == 3 + 10 * 2
+    assert code.loop == {"IADD": 2, "BRA": 2, "FFMA": 1}
+    assert code.num_instructions == 8
+    with pytest.raises(ValueError, match="one number for each loop within the longest, 1"):
+        code.issued()
+
+
 def test_a_gpu_too_old_is_named():
     with pytest.raises(ValueError, match="compute capability 80 or newer; got 75"):
-        packed_attend.prepare(*empty_inputs(Shape(2)), scaling=1.0, arch=75)
-    inputs = empty_sparse_inputs(SparseLayout(128, 8, 8), 32, 8, 128, torch.float16)
+        prepare_attend(ANY, arch=75)
     with pytest.raises(ValueError, match="compute capability 80 or newer; got 75"):
-        sparse_attend.prepare(*inputs, scaling=1.0, arch=75)
+        prepare_sparse(heads(SPARSE, 32, 8), arch=75)
 
 
 def test_tensors_on_the_cpu_are_named():
+    inputs = build_attend(ANY)
     with pytest.raises(ValueError, match="needs tensors on a GPU"):
-        packed_attend.packed_attend(*empty_inputs(Shape(2)), scaling=1.0)
+        packed_attend.packed_attend(inputs.query, inputs.past, inputs.exact, scaling=1.0)
 
 
 def test_the_cache_tells_tilings_apart():
     """Triton finds compiled kernels by what their constants print as."""
-    one, other = (plan_of(*empty_inputs(Shape(2, window=window))).tiling for window in (128, 129))
-    assert repr(one) != repr(other)
+    tilings = []
+    for length in (40, 41):
+        inputs = build_attend(replace(ANY, lengths=(length,)))
+        tilings.append(plan_of(inputs.query, inputs.past, inputs.exact).tiling)
+    assert repr(tilings[0]) != repr(tilings[1])
