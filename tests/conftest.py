@@ -16,8 +16,9 @@ from tests import tiny
 with contextlib.suppress(ImportError):  # a machine for the GPU tests alone may lack it
     import hypothesis
 
-    # The cases drawn depend on the code alone, so that a run that passes here passes there.
+    # "same": the cases depend on the code alone, so that a run that passes here passes there. "fresh": search anew.
     hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+    hypothesis.settings.register_profile("fresh", deadline=None)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
