@@ -1,17 +1,30 @@
 """The embedded model's training tools: generator, tokenizer, rows, and a short run that stops and resumes."""
 
-import re
+import json
 import time
+from itertools import pairwise
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 
-from tools.embedded_model import facts, phrasing, recall, relations, wordings, words
-from tools.embedded_model.corpus import RowMaker, Texts
+from tools.embedded_model import facts, recall
+from tools.embedded_model.card import write_card
+from tools.embedded_model.corpus import RowMaker, Texts, recast, story_topic
+from tools.embedded_model.evaluate import RECALL_TABLES
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
-from tools.embedded_model.train import Clock, ModelShape, Recipe, Trainer, export, load_weights, run
+from tools.embedded_model.train import (
+    CURVE_FIELDS,
+    STEEPEST_FALL,
+    Clock,
+    ModelShape,
+    Recipe,
+    Trainer,
+    export,
+    load_weights,
+    run,
+)
 
 PROSE = "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
 STORY = "Once there was a fox. The fox had a red hat. The fox lost the hat. A bird found the hat."
@@ -53,128 +66,6 @@ def test_same_seed_gives_same_conversation():
     assert chats[0] != recall.passage_conversation(Random(6), PROSE[:800], num_facts=4).as_messages()
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        wordings.SUBJECT_STATEMENTS,
-        wordings.SUBJECT_QUESTIONS,
-        wordings.OWNED,
-        words.THINGS,
-        words.PERSONS,
-        words.VALUES["word"],
-    ]
-    + [facts.harvested("nouns"), facts.harvested("names")]
-    + [family.statements for family in wordings.FAMILIES]
-    + [family.questions for family in wordings.FAMILIES],
-)
-def test_held_out_wordings_are_disjoint(parts):
-    train, held_out = (facts.split_parts(parts, split) for split in facts.SPLITS)
-    assert not set(train) & set(held_out)
-    assert set(train) | set(held_out) == set(parts)
-    assert train
-    assert held_out
-
-
-def test_no_wording_put_together_is_held_out():
-    random = Random(0)
-    statements = {phrasing.spoken_statement(random, "{s}", "{v}") for _ in range(20_000)}
-    questions = {phrasing.spoken_question(random, "{s}") for _ in range(20_000)}
-    assert not statements & set(facts.split_parts(wordings.SUBJECT_STATEMENTS, "held_out"))
-    assert not questions & set(facts.split_parts(wordings.SUBJECT_QUESTIONS, "held_out"))
-    assert min(len(statements), len(questions)) > 3000
-
-
-def held_out_sentences() -> dict[str, re.Pattern]:
-    """Held-out statements and questions, each with a pattern that takes anything for names and values."""
-    parts = [facts.split_parts(p, "held_out") for p in (wordings.SUBJECT_STATEMENTS, wordings.SUBJECT_QUESTIONS)]
-    for family in wordings.FAMILIES:
-        parts += [facts.split_parts(p, "held_out") for p in (family.statements, family.questions)]
-    for family in wordings.HELD_OUT_FAMILIES:
-        parts += [family.statements, family.questions]
-    sentences = {sentence for part in parts for sentence in part}
-    return {s: re.compile(re.sub(r"\\{.\\}", ".+", re.escape(s))) for s in sentences}
-
-
-def test_no_relation_drawn_at_random_is_told_or_asked_in_a_held_out_wording():
-    patterns, random = held_out_sentences(), Random(0)
-    drawn = [relations.relation(random, facts.draws(random, "train")) for _ in range(6000)]
-    sentences = {text for d in drawn for text in (d.statement, d.question, d.other_question)}
-    assert len(sentences) > 15_000
-    assert not [(s, text) for s, pattern in patterns.items() for text in sentences if pattern.fullmatch(text)]
-
-
-def test_no_attribute_or_verb_of_a_held_out_relation_is_drawn():
-    held_out = [facts.split_parts(parts, "held_out") for parts in (wordings.OWNED, wordings.THING_ATTRIBUTES)]
-    trained = [facts.split_parts(parts, "train") for parts in (wordings.OWNED, wordings.THING_ATTRIBUTES)]
-    words_of = [
-        {word for part in parts for text, _ in part for word in text.replace("'s", "").split()}
-        for parts in (held_out, trained)
-    ]
-    # Training families ask "at what time": the word alone gives no held-out relation away.
-    only_held_out = words_of[0] - words_of[1] - {"time"}
-    assert {"combination", "appointment"} <= only_held_out <= relations.NEVER_TRAINED
-    random = Random(0)
-    draw = facts.draws(random, "train")
-    drawn = {word for _ in range(20_000) for word in relations.attribute(random, draw).replace("'s", "").split()} | {
-        form for deed in relations.DEEDS for form in deed
-    }
-    assert len(drawn) > 500
-    assert not drawn & relations.NEVER_TRAINED
-
-
-def test_relations_drawn_at_random_can_be_answered_from_what_is_told():
-    random = Random(1)
-    draw = facts.draws(random, "train")
-    for _ in range(2000):
-        sentences = relations.relation(random, draw)
-        assert sentences.value in sentences.statement
-        assert sentences.value in sentences.answer
-        for question in (sentences.question, sentences.other_question):
-            asked_of = set.intersection(*(set(re.findall(r"[\w-]+", s)) for s in (question, sentences.statement)))
-            assert asked_of - relations.DROPPED, (question, sentences.statement)
-
-
-def test_kindred_facts_share_owners_and_attributes_but_never_both():
-    random = Random(2)
-    kindred = relations.kindred(random, facts.draws(random, "train"), 6)
-    subjects = [sentences.answer.removesuffix(f" is {sentences.value}.") for sentences in kindred]
-    assert len(set(subjects)) == 6
-    assert len({subject.split("'s ")[0] for subject in subjects}) < 6
-
-
-def test_a_noisy_question_keeps_the_words_that_say_what_is_meant():
-    for seed in range(200):
-        noisy = relations.noisy(Random(seed), "what is the code of the silver gate").split()
-        assert {"code", "silver", "gate"} <= set(noisy)
-
-
-def test_facts_asked_for_twice_are_asked_in_other_words_the_second_time():
-    told = [
-        facts.Fact(f"my code {i} is {i}", f"what is code {i}", f"it is {i}.", str(i), f"code {i}") for i in range(40)
-    ]
-    asked = recall.with_second_questions(Random(0), told)
-    assert len(asked) > len(told)
-    assert len({fact.question for fact in asked}) == len(asked)
-
-
-def test_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="held_out"):
-        facts.split_parts((1, 2), "test")
-
-
-@pytest.mark.parametrize("split", facts.SPLITS)
-def test_every_value_is_told_before_it_is_asked(split):
-    for seed in range(60):
-        messages = recall.passage_conversation(Random(seed), PROSE[:600], num_facts=5, split=split).as_messages()
-        passage = " ".join(m["content"] for m in messages if m["role"] == "user")
-        for fact in facts.distinct_facts(Random(seed), split, 5):
-            assert fact.value.lower() in fact.statement.lower()
-            assert fact.value.lower() in fact.answer.lower()
-        for message in messages:
-            if message["role"] == "assistant" and message["content"] not in wordings.READING_REPLIES:
-                assert any(word.strip(".").lower() in passage.lower() for word in message["content"].split())
-
-
 def test_answer_weight_covers_only_the_value():
     fact = facts.Fact("my code is 42", "what is my code", "Your code is 42.", "42")
     assert recall.weighted_answer(fact) == [("Your code is ", 1.0), ("42", recall.ANSWER_WEIGHT), (".", 1.0)]
@@ -199,6 +90,23 @@ def test_recall_questions_keep_length_and_depth(tokenizer, depth):
         content = question.messages[0]["content"]
         assert 300 <= question.num_tokens <= 400
         assert abs(content.lower().find(question.value.lower()) / len(content) - depth) < 0.25
+
+
+def test_the_model_card_has_a_table_for_everything_that_is_measured(tmp_path):
+    rows = {"250": {"0.00": 0.5, "1.00": 1.0, "mean": 0.75}}
+    loss = {"nats_per_token": 2.0, "perplexity": 7.4, "bits_per_character": 1.0, "num_tokens": 1000}
+    outliers = {"layer": 0, "keys_max_over_median": [5.0], "values_max_over_median": [2.0]}
+    figures = dict.fromkeys(RECALL_TABLES, rows) | {
+        "made": "today", "device": "CPU", "versions": {"torch": "2", "transformers": "5"}, "num_parameters": 5_000_000,
+        "load_seconds": 0.1, "num_recall_questions": 16, "decode_tokens_per_second": 400, "perplexity": {"books": loss},
+        "channel_outliers": [outliers], "samples": [{"prompt": "Hello!", "reply": "Hi."}],
+    }  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(figures))
+    (tmp_path / "curve.csv").write_text(",".join(CURVE_FIELDS) + "\n" + ",".join("1" for _ in CURVE_FIELDS) + "\n")
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "[[" not in card
+    assert card.count("| 250 | 50% | 100% | 75% |") == len(RECALL_TABLES)
 
 
 def test_depth_outside_the_text_is_refused():
@@ -291,6 +199,30 @@ def test_run_follows_the_clock_to_a_rate_of_zero(texts, tokenizer, tmp_path):
     assert trainer.progress.step > 0
     assert trainer.progress.is_done
     assert trainer.progress.learning_rate_share(5) == 0
+
+
+def test_the_clock_walks_down_though_the_time_is_over():
+    clock = Clock(time.monotonic() - 1, 500)
+    shares = [0.09]
+    while shares[-1] > 0:
+        shares.append(clock.share(shares[-1]))
+    falls = [before - after for before, after in pairwise(shares)]
+    assert max(falls) <= STEEPEST_FALL + 1e-9
+    assert len(falls) == 5
+
+
+def test_a_story_is_asked_for_by_what_it_is_about():
+    topics = {story_topic(Random(seed), STORY) for seed in range(20)}
+    assert topics == {"fox"}
+    assert story_topic(Random(0), "It was late. She slept.") is None
+
+
+def test_a_recast_story_is_about_the_new_topic_alone():
+    told = [recast(Random(seed), STORY.replace("fox", "owl").replace("a owl", "an owl"), "owl") for seed in range(40)]
+    for topic, story in told:
+        assert story.count(topic) == 3
+        assert f"{'an' if topic[0] in 'aeiou' else 'a'} {topic}." in story
+    assert len({topic for topic, _ in told}) > 10
 
 
 def test_run_starts_from_the_weights_of_an_exported_model(texts, tokenizer, tmp_path):

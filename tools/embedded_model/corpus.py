@@ -27,6 +27,14 @@ HELD_OUT_SHARE = 0.02
 MAX_HELD_OUT_ITEMS = 400
 QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "-", "–": "-", "_": None, "\ufeff": None})
 DIALOGUE_USER_WEIGHT = 0.5
+NOUN_PHRASE = re.compile(
+    r"\b(?:a|an|the) ([a-z]{3,})(?=[.,!?;]| (?:and|was|is|had|in|on|that|who|named|called|to|with|for|said|saw)\b)"
+)
+# Words that look like what a story is about and are not.
+_NO_TOPICS = (
+    "little big old young time day other end lot the she they one but then his her and when once let yes you can"
+)
+NO_TOPICS = frozenset(_NO_TOPICS.split()) | frozenset(_NO_TOPICS.title().split())
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,14 @@ class RowMaker:
     """
 
     KINDS = ("passage", "chat", "lookup", "repeat", "sum", "dialogue", "story", "book", "small_talk")
-    SHARES = (38, 14, 8, 5, 1.5, 14, 13, 4, 1.5)
+    SHARES = (40, 14, 6, 5, 1.5, 13, 15, 4, 1.5)
     STORY_PROSE_SHARE = 0.1
+    # Stories without a request, and requests without a topic.
+    BARE_STORY_SHARE = 0.15
+    FREE_STORY_SHARE = 0.1
+    # Stories told about another animal or thing than the book's: the topic has to come from the request.
+    RECAST_SHARE = 0.6
+    TOPIC_WEIGHT = 3.0
 
     def __init__(self, texts: Texts, tokenizer: Tokenizer, *, seed: int, split: str = "train") -> None:
         self.texts, self.tokenizer, self.seed, self.split = texts, tokenizer, seed, split
@@ -252,11 +266,21 @@ class RowMaker:
 
     def _story(self, random: Random, room: int) -> Conversation | str:
         story = random.choice(self.texts.stories)
-        if random.random() < 0.25:
+        if random.random() < self.BARE_STORY_SHARE:
             return story
+        topic = None if random.random() < self.FREE_STORY_SHARE else story_topic(random, story)
         conversation = Conversation()
-        conversation.say("user", (story_request(random, story), TOLD_WEIGHT))
-        conversation.say("assistant", (story, PLAIN_WEIGHT))
+        if topic is None:
+            conversation.say("user", (random.choice(w.FREE_STORY_REQUESTS), TOLD_WEIGHT))
+            conversation.say("assistant", (story, PLAIN_WEIGHT))
+            return conversation
+        if random.random() < self.RECAST_SHARE:
+            topic, story = recast(random, story, topic)
+        named = topic if topic[0].isupper() else f"{'an' if topic[0] in 'aeiou' else 'a'} {topic}"
+        conversation.say("user", (random.choice(w.STORY_REQUESTS).format(n=named), TOLD_WEIGHT))
+        pieces = re.split(rf"\b({topic})", story)
+        weights = (PLAIN_WEIGHT, self.TOPIC_WEIGHT)
+        conversation.say("assistant", *((text, weights[i % 2]) for i, text in enumerate(pieces) if text))
         return conversation
 
     def _small_talk(self, random: Random, room: int) -> Conversation:
@@ -267,24 +291,26 @@ class RowMaker:
         return conversation
 
 
-def story_request(random: Random, story: str) -> str:
-    """A request that names something which the story is about."""
-    nouns = [
-        noun
-        for noun in re.findall(r"\b(?:a|an|the) ([a-z]{3,})\b", story)
-        if noun not in ("little", "big", "time", "day", "other", "end")
-    ]
-    nouns = [noun for noun in nouns if story.count(noun) >= 2]
-    names = [
-        name
-        for name in re.findall(r"\b[A-Z][a-z]{2,}\b", story)
-        if story.count(name) >= 3 and name not in ("The", "She", "They", "One", "But", "Then")
-    ]
-    if (not nouns and not names) or random.random() < 0.15:
-        return random.choice(("Tell me a story.", "Please tell me a story.", "Do you know a story?"))
-    if nouns and (not names or random.random() < 0.75):
-        noun = random.choice(nouns)
-        subject = ("an " if noun[0] in "aeiou" else "a ") + noun
-    else:
-        subject = random.choice(names)
-    return random.choice(w.STORY_REQUESTS).format(n=subject)
+def story_topic(random: Random, story: str) -> str | None:
+    """A noun or a name which the story is about: told of early and again and again; None if there is none."""
+    early = story[: len(story) // 2]
+    nouns = [noun for noun in re.findall(NOUN_PHRASE, early) if noun not in NO_TOPICS]
+    names = [name for name in re.findall(r"\b[A-Z][a-z]{2,}\b", early) if name not in NO_TOPICS]
+    counts = {word: story.count(word) for word in (*nouns, *names) if story.count(word) >= 3}
+    known = [word for word in counts if any(word in group for group in w.STORY_TOPICS)]
+    if known and random.random() < 0.7:
+        return random.choice(known)
+    shares = [count if word.islower() else 1 for word, count in counts.items()]
+    return random.choices(list(counts), shares)[0] if counts else None
+
+
+def recast(random: Random, story: str, topic: str) -> tuple[str, str]:
+    """Another topic of the same kind, if there is one, and the story told about that."""
+    group = next((group for group in w.STORY_TOPICS if topic in group), (topic,))
+    new = random.choice(group)
+    if re.search(rf"\b{new}", story):
+        return topic, story
+    article = "an" if new[0] in "aeiou" else "a"
+    story = re.sub(rf"\b([Aa])n? {topic}\b", lambda m: m[1] + article[1:] + " " + new, story)
+    story = re.sub(rf"\b{topic}(?=s?\b)", new, story)
+    return new, re.sub(rf"\b{topic.capitalize()}(?=s?\b)", new.capitalize(), story)

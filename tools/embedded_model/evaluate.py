@@ -25,6 +25,14 @@ from .recall import RecallQuestion, recall_questions
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS_TOKENS = (250, 500, 1000, 2000, 4000)
+# Name of a table in `evaluation.json`, and what its questions are made of. "Wording" is every sentence part (statement,
+# question, openers, closers), "subject" every attribute, thing and adjective; names and values are always fresh.
+RECALL_TABLES = {
+    "recall_one_fact_unseen_wording": {"num_facts": 1, "split": "held_out", "subjects": "train"},
+    "recall_one_fact_unseen_wording_and_subject": {"num_facts": 1, "split": "held_out", "subjects": "held_out"},
+    "recall_one_fact_seen_wording": {"num_facts": 1, "split": "train", "subjects": "train"},
+    "recall_four_facts_unseen_wording": {"num_facts": 4, "split": "held_out", "subjects": "train"},
+}
 MAX_ANSWER_TOKENS = 28
 SAMPLE_PROMPTS = (
     "Hello! Who are you?",
@@ -153,6 +161,7 @@ def recall_table(
     count: int,
     num_facts: int,
     split: str,
+    subjects: str | None = None,
     seed: int = 7,
 ) -> dict[str, dict[str, float]]:
     """Share of recalled values by length in tokens and depth; greedy answers with the exact cache."""
@@ -168,6 +177,7 @@ def recall_table(
                 seed=seed,
                 num_facts=num_facts,
                 split=split,
+                subjects=subjects,
                 count_tokens=lambda messages: render(tokenizer, messages).shape[1],
             )
             right = [
@@ -250,15 +260,10 @@ def evaluate(model_folder: Path, data: Path, *, count: int, max_tokens: int, len
         "num_recall_questions": count,
         "decode_tokens_per_second": decode_speed(model, tokenizer),
         "perplexity": perplexities(model, tokenizer, held_out, data / "eval", max_tokens=max_tokens),
-        "recall_one_fact_unseen_wording": recall_table(
-            model, tokenizer, prose, lengths=lengths, count=count, num_facts=1, split="held_out"
-        ),
-        "recall_one_fact_seen_wording": recall_table(
-            model, tokenizer, prose, lengths=lengths[:3], count=count, num_facts=1, split="train"
-        ),
-        "recall_four_facts_unseen_wording": recall_table(
-            model, tokenizer, prose, lengths=lengths[:3], count=count, num_facts=4, split="held_out"
-        ),
+        **{
+            name: recall_table(model, tokenizer, prose, lengths=lengths, count=count, **made_of)
+            for name, made_of in RECALL_TABLES.items()
+        },
         "channel_outliers": channel_outliers(model, tokenizer, prose[40_000:60_000]),
         "samples": samples(model, tokenizer),
     }

@@ -6,21 +6,26 @@ built from facts.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
 
-from . import phrasing, relations, words
+from . import echoes, phrasing, relations, words
 from . import wordings as w
+from .wordings import wordings
 
 SPLITS = ("train", "held_out")
 # Values that make no sense for their question can only be copied.
 ODD_VALUE_SHARE = 0.5
 # Training sentences built by `phrasing` instead of taken from a list.
-PUT_TOGETHER_SHARE = 0.6
+PUT_TOGETHER_SHARE = 0.4
+# Training questions of another family that asks for the same kind of value: with one fact about that person or thing
+# told, they have one answer, and reading has to find it without the usual words.
+LOOSE_QUESTION_SHARE = 0.15
 # Training facts under a relation drawn at random, and groups of facts that share owners and attributes.
-RELATION_SHARE = 0.65
+RELATION_SHARE = 0.4
 KINDRED_SHARE = 0.3
 # Training answers in the first, whole form: one form is learned sooner than several.
 WHOLE_ANSWER_SHARE = 0.85
@@ -95,9 +100,11 @@ def draw_value(random: Random, kind: str, split: str) -> str:
         return draw_person(random, split)
     if kind == "place":
         return invented_name(random, is_place=True)
+    if kind == "thing":
+        return draw_thing(random, split)
     value = random.choice(split_parts(words.VALUES[kind], split))
     if random.random() < ODD_VALUE_SHARE:
-        value = f"a {draw_noun(random, split)}" if " " in value else draw_noun(random, split)
+        value = f"a {draw_noun(random, split)}" if value.startswith(("a ", "an ")) else draw_noun(random, split)
     if kind == "word" and random.random() < 0.3:
         value += " " + draw_noun(random, split)
     return value
@@ -120,32 +127,51 @@ def draw_person(random: Random, split: str) -> str:
     return random.choice(split_parts(words.PERSONS if kind == "common" else harvested("names"), split))
 
 
-def draw_fact(random: Random, split: str, *, wording: str | None = None) -> Fact:
-    """A fact with names and values of `split` and sentences of `wording` (the same split if None)."""
-    wording = split if wording is None else wording
-    if wording == "train" and random.random() < RELATION_SHARE:
+def draw_fact(random: Random, split: str, *, subjects: str | None = None) -> Fact:
+    """A fact with sentences, names and values of `split`, attributes and things of `subjects` (`split` if None)."""
+    subjects = split if subjects is None else subjects
+    if split == "train" and random.random() < RELATION_SHARE:
         return _related(random, relations.relation(random, draws(random, split)))
     if random.random() < 0.55:
-        return _subject_fact(random, split, wording)
-    families = w.HELD_OUT_FAMILIES if wording == "held_out" and random.random() < 0.2 else w.FAMILIES
-    family = random.choice(families)
-    is_new = families is w.HELD_OUT_FAMILIES
+        return _subject_fact(random, split, subjects)
+    parts = wordings(split)
+    family = random.choice(parts.new_families if parts.new_families and random.random() < 0.2 else parts.families)
     names = {
         "p": draw_person(random, split),
-        "t": draw_thing(random, split),
+        "t": draw_thing(random, subjects),
         "v": draw_value(random, family.value_kind, split),
     }
-    statement = random.choice(family.statements if is_new else split_parts(family.statements, wording))
-    question = random.choice(family.questions if is_new else split_parts(family.questions, wording))
-    # A question may only name what the statement named.
+    if any("{q}" in statement for statement in family.statements):
+        names["q"] = draw_person(random, split)
+    statement, question = random.choice(family.statements), random.choice(family.questions)
     answer = random.choice(family.answers)
-    if wording == "train" and random.random() < WHOLE_ANSWER_SHARE:
-        answer = family.answers[0]
-    statement, question, answer = _without_unknown(statement, question, answer, family)
+    if split == "train":
+        if random.random() < WHOLE_ANSWER_SHARE:
+            answer = family.answers[0]
+        if random.random() < LOOSE_QUESTION_SHARE:
+            question = random.choice(_loose_questions(family.value_kind, _named(statement)) or family.questions)
+    # A question may only name what the statement named.
+    statement, question, answer = _without_unknown(statement, question, answer)
     statement, question, answer = (part.format(**names) for part in (statement, question, answer))
-    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
-        statement, question = phrasing.loosened(random, statement), phrasing.wrapped(random, question)
+    if split == "train":
+        if random.random() < PUT_TOGETHER_SHARE:
+            statement = phrasing.loosened(random, statement)
+        if random.random() < PUT_TOGETHER_SHARE:
+            question = phrasing.wrapped(random, question)
+        if random.random() < NOISY_QUESTION_SHARE:
+            question = relations.noisy(random, question)
     return Fact(statement, question, answer, names["v"])
+
+
+def _named(sentence: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\{[pqt]\}", sentence))
+
+
+@cache
+def _loose_questions(kind: str, named: frozenset[str]) -> tuple[str, ...]:
+    """Training questions for a value of `kind` that name something, and nothing but what is in `named`."""
+    families = wordings("train").families
+    return tuple(q for f in families if f.value_kind == kind for q in f.questions if _named(q) and _named(q) <= named)
 
 
 def draws(random: Random, split: str) -> relations.Draw:
@@ -158,6 +184,21 @@ def draws(random: Random, split: str) -> relations.Draw:
     )
 
 
+@cache
+def _trained(kind: str) -> frozenset[str]:
+    return frozenset(split_parts(harvested(kind), "train"))
+
+
+def draw_echo(random: Random, sentence: str) -> tuple[str, Fact] | None:
+    """A training fact told by a sentence of prose once a word of it is replaced: the new sentence and the fact."""
+
+    def draw(kind: str) -> str:
+        return draw_noun(random, "train") if kind == "noun" else draw_value(random, kind, "train")
+
+    made = echoes.echo(random, sentence, draw, names=_trained("names"), nouns=_trained("nouns"))
+    return made and (made.sentence, Fact(made.clause, made.question, made.answer, made.value))
+
+
 def _related(random: Random, sentences: relations.Sentences) -> Fact:
     question = sentences.question
     if random.random() < NOISY_QUESTION_SHARE:
@@ -165,53 +206,47 @@ def _related(random: Random, sentences: relations.Sentences) -> Fact:
     return Fact(sentences.statement, question, sentences.answer, sentences.value, sentences.other_question)
 
 
-def _without_unknown(statement: str, question: str, answer: str, family: w.Family) -> tuple[str, str, str]:
-    known = [name for name in ("{p}", "{t}") if name in statement]
-    if all(name in known for name in ("{p}", "{t}") if name in question):
-        if not all(name in known for name in ("{p}", "{t}") if name in answer):
-            answer = "It is {v}."
-        return statement, question, answer
-    subject = "{p}" if "{p}" in question else "{t}"
-    lead = f"this is about {subject}: " if subject == "{p}" else f"this is about the {subject}: "
-    return (
-        lead + statement,
-        question,
-        answer if all(n in [*known, subject] for n in ("{p}", "{t}") if n in answer) else "It is {v}.",
-    )
+def _without_unknown(statement: str, question: str, answer: str) -> tuple[str, str, str]:
+    known = _named(statement)
+    if not _named(question) <= known:
+        subject = "{p}" if "{p}" in question else "{t}"
+        known |= {subject}
+        statement = f"this is about {subject if subject == '{p}' else 'the {t}'}: {statement}"
+    return statement, question, answer if _named(answer) <= known else "It is {v}."
 
 
-def _subject_fact(random: Random, split: str, wording: str) -> Fact:
+def _subject_fact(random: Random, split: str, subjects: str) -> Fact:
     if random.random() < 0.65:
-        attribute, kind = random.choice(split_parts(w.OWNED, split))
+        attribute, kind = random.choice(wordings(subjects).owned)
         owner = "my" if random.random() < 0.45 else draw_person(random, split) + "'s"
         asked = f"{owner} {attribute}"
         answered = f"{'your' if owner == 'my' else owner} {attribute}"
     else:
-        attribute, kind = random.choice(split_parts(w.THING_ATTRIBUTES, split))
-        asked = answered = "the " + attribute.format(t=draw_thing(random, split))
+        attribute, kind = random.choice(wordings(subjects).of_things)
+        asked = answered = "the " + attribute.format(t=draw_thing(random, subjects))
     names = {"s": asked, "z": answered, "v": draw_value(random, kind, split)}
-    statement = random.choice(split_parts(w.SUBJECT_STATEMENTS, wording)).format(**names)
-    question = random.choice(split_parts(w.SUBJECT_QUESTIONS, wording)).format(**names)
-    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
-        statement = phrasing.spoken_statement(random, asked, names["v"])
-    if wording == "train" and random.random() < PUT_TOGETHER_SHARE:
-        question = phrasing.spoken_question(random, asked)
+    statement = random.choice(wordings(split).subject_statements).format(**names)
+    question = random.choice(wordings(split).subject_questions).format(**names)
     answer = random.choice(w.SUBJECT_ANSWERS)
-    if wording == "train" and random.random() < WHOLE_ANSWER_SHARE:
-        answer = w.SUBJECT_ANSWERS[0]
+    if split == "train":
+        if random.random() < PUT_TOGETHER_SHARE:
+            statement = phrasing.spoken_statement(random, asked, names["v"])
+        if random.random() < PUT_TOGETHER_SHARE:
+            question = phrasing.spoken_question(random, asked)
+        if random.random() < WHOLE_ANSWER_SHARE:
+            answer = w.SUBJECT_ANSWERS[0]
     return Fact(statement, question, answer.format(**names), names["v"])
 
 
-def distinct_facts(random: Random, split: str, count: int, *, wording: str | None = None) -> list[Fact]:
-    """`count` facts of which no two answer the same question."""
+def distinct_facts(random: Random, split: str, count: int, *, subjects: str | None = None) -> list[Fact]:
+    """`count` facts of `draw_fact`, of which no two answer the same question."""
     facts: dict[str, Fact] = {}
-    wording = split if wording is None else wording
     waiting: list[Fact] = []
-    if wording == "train" and count > 1 and random.random() < KINDRED_SHARE:
+    if split == "train" and count > 1 and random.random() < KINDRED_SHARE:
         kindred = relations.kindred(random, draws(random, split), random.randint(2, count))
         waiting = [_related(random, sentences) for sentences in kindred]
     while len(facts) < count:
-        fact = waiting.pop() if waiting else draw_fact(random, split, wording=wording)
+        fact = waiting.pop() if waiting else draw_fact(random, split, subjects=subjects)
         # The answer without its value names the subject, whatever the wording.
         facts.setdefault(
             fact.answer.replace(fact.value, "") if len(fact.answer) > len(fact.value) + 8 else fact.question,

@@ -11,13 +11,23 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from . import wordings as w
-from .facts import Fact, capitalised, distinct_facts, draw_person, draw_thing, draw_value, split_parts
+from .facts import Fact, capitalised, distinct_facts, draw_echo, draw_noun, draw_person, draw_thing, draw_value
+from .wordings import wordings
 
 ANSWER_WEIGHT = 4.0
 PLAIN_WEIGHT = 1.0
 # What a user says is random by design: little is learned from predicting it.
 TOLD_WEIGHT = 0.25
 CHARACTERS_PER_TOKEN = 3.6
+# Training passages in which sentences of the prose itself are asked for.
+ECHO_SHARE = 0.4
+# Training questions with something beside them that is none of their business.
+ASIDE_SHARE = 0.3
+SCRAP_SHARE = 0.25
+STRAY_END_SHARE = 0.15
+STRAY_PREPOSITIONS = ("at", "by the", "with the", "near the", "without", "in the", "on the", "under the", "for the")
+# Facts told in a chat with nothing before or behind them.
+BARE_SHARE = 0.35
 # Facts that are asked for a second time, in other words.
 ASKED_AGAIN_SHARE = 0.25
 
@@ -55,20 +65,31 @@ def told(random: Random, fact: Fact, split: str, *, is_bare: bool = False) -> st
     """The fact as a sentence, with an opener and a closer unless `is_bare`."""
     if is_bare:
         return capitalised(fact.statement) + "."
-    opener = random.choice(split_parts(w.OPENERS, split) if random.random() < 0.6 else ("",))
-    closer = random.choice(split_parts(w.CLOSERS, split))
-    return capitalised(opener + fact.statement) + "." + closer
+    opener = random.choice(wordings(split).openers if random.random() < 0.6 else ("",))
+    closer = random.choice(wordings(split).closers)
+    return capitalised(f"{opener} {fact.statement}".lstrip()) + f". {closer}"
 
 
-def asked(random: Random, fact: Fact, split: str) -> str:
-    """The question as a user types it."""
-    opener = random.choice(split_parts(w.QUESTION_OPENERS, split) if random.random() < 0.7 else ("",))
-    question = (
-        opener
-        + fact.question
-        + random.choice(split_parts(w.QUESTION_CLOSERS, split) if random.random() < 0.4 else ("",))
-    )
-    return capitalised(question) + random.choice("??????. ").strip()
+def asked(random: Random, fact: Fact, split: str, *, prose: str = "") -> str:
+    """The question as a user types it; in training often with a remark or a scrap of `prose` before it."""
+    opener = random.choice(wordings(split).question_openers if random.random() < 0.7 else ("",))
+    closer = random.choice(wordings(split).question_closers if random.random() < 0.4 else ("",))
+    question = f"{opener} {fact.question}".lstrip() + (closer if closer.startswith(",") else f" {closer}").rstrip()
+    if split == "train" and random.random() < STRAY_END_SHARE:
+        question += f" {random.choice(STRAY_PREPOSITIONS)} {draw_noun(random, split)}"
+    question = capitalised(question) + random.choice("??????. ").strip()
+    if split == "train" and random.random() < ASIDE_SHARE:
+        question = f"{random.choice(wordings(split).asides)} {question}"
+    if split == "train" and prose and random.random() < SCRAP_SHARE:
+        question = f"{_scrap(random, prose)} {question}"
+    return question
+
+
+def _scrap(random: Random, prose: str) -> str:
+    """Some words of the prose, cut anywhere."""
+    words = prose.split()
+    start = random.randrange(len(words))
+    return " ".join(words[start : start + random.randint(2, 14)]) + random.choice(("", "", ".", ";", ","))
 
 
 def weighted_answer(fact: Fact) -> list[tuple[str, float]]:
@@ -136,6 +157,17 @@ def hide_facts(
     return result
 
 
+def with_echoes(random: Random, prose: str, count: int) -> tuple[str, list[Fact]]:
+    """The prose with a word replaced in up to `count` of its sentences, and the facts that these now tell."""
+    pieces = sentences_of(prose)
+    facts: list[Fact] = []
+    for index in random.sample(range(len(pieces)), min(count, len(pieces))):
+        if echo := draw_echo(random, pieces[index]):
+            pieces[index], fact = echo
+            facts.append(fact)
+    return "".join(pieces), facts
+
+
 def _slot_at(pieces: list[str], depth: float) -> int:
     wanted, seen = depth * sum(map(len, pieces)), 0
     for slot, piece in enumerate(pieces):
@@ -151,13 +183,17 @@ def passage_conversation(random: Random, prose: str, *, num_facts: int, split: s
     if random.random() < 0.2:
         conversation.say("system", (random.choice(w.SYSTEM_PROMPTS), TOLD_WEIGHT))
     facts = distinct_facts(random, split, num_facts)
+    echoed: list[Fact] = []
+    if split == "train" and random.random() < ECHO_SHARE:
+        prose, echoed = with_echoes(random, prose, random.randint(1, 1 + num_facts // 2))
     pieces = hide_facts(random, prose, facts, split)
-    facts = with_second_questions(random, facts)
+    facts = with_second_questions(random, [*facts, *echoed])
     request = random.choice(w.READING_REQUESTS)
     # Only a plain request to wait is answered with "I have read it": whatever else ends a text is a question.
     if random.random() < 0.75:
         first = facts[0]
-        conversation.say("user", (request, TOLD_WEIGHT), *pieces, (" " + asked(random, first, split), TOLD_WEIGHT))
+        question = " " + asked(random, first, split, prose=prose)
+        conversation.say("user", (request, TOLD_WEIGHT), *pieces, (question, TOLD_WEIGHT))
         conversation.say("assistant", *weighted_answer(first))
         facts = facts[1:]
     else:
@@ -175,7 +211,8 @@ def chat_conversation(random: Random, small_talk: list[str], *, num_facts: int, 
     facts = distinct_facts(random, split, num_facts)
     waiting: list[Fact] = []
     for fact in facts:
-        conversation.say("user", (told(random, fact, split), TOLD_WEIGHT))
+        is_bare = random.random() < BARE_SHARE
+        conversation.say("user", (told(random, fact, split, is_bare=is_bare), TOLD_WEIGHT))
         conversation.say("assistant", (random.choice(w.ACKNOWLEDGEMENTS), TOLD_WEIGHT))
         waiting.append(fact)
         for _ in range(min(len(small_talk) // 2, random.choice((0, 0, 1, 2)))):
@@ -282,18 +319,20 @@ def recall_questions(
     seed: int,
     count_tokens: Callable[[list[dict[str, str]]], int],
     split: str = "held_out",
+    subjects: str | None = None,
     num_facts: int = 1,
 ) -> Iterator[RecallQuestion]:
     """`count` questions about a fact at `depth` (0 start, 1 end) of a text; the same for the same seed.
 
     `count_tokens` gives the number of tokens of a chat with its generation prompt. `num_facts - 1` further
     facts lie elsewhere in the prose. The prose is cut until the whole chat has at most `num_tokens` tokens.
+    Sentences, names and values are of `split`, attributes and things of `subjects` (the same if None).
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must lie in 0..1, got {depth}")
     for index in range(count):
         random = Random(f"{seed}/{num_tokens}/{depth}/{index}")
-        facts = distinct_facts(random, split, num_facts)
+        facts = distinct_facts(random, split, num_facts, subjects=subjects)
         start = random.randrange(max(1, len(prose) - 6 * num_tokens))
         start = prose.find(" ", start) + 1
         question, layout = asked(random, facts[0], split), random.getstate()

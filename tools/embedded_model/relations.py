@@ -11,7 +11,7 @@ from random import Random
 from typing import NamedTuple
 
 from . import phrasing
-from . import wordings as w
+from .wordings import wordings
 
 # Words of the held-out attributes and families of `wordings.py` that training must not see as a relation.
 _HELD_OUT_WORDS = (
@@ -190,15 +190,15 @@ def _attribute(random: Random, draw: Draw, owner: str | None, name: str) -> Sent
     # Mostly asked for in the same words, so that answers have one form to learn.
     asked = told if random.random() < 0.7 else _subjects(random, owner, name)
     statement = phrasing.spoken_statement(random, told, value)
-    if random.random() < 0.3:
-        statement = random.choice(w.SUBJECT_STATEMENTS[: len(w.SUBJECT_STATEMENTS) * 4 // 5]).format(s=told, v=value)
+    if random.random() < 0.5:
+        statement = random.choice(wordings("train").subject_statements).format(s=told, v=value)
     elif owner != "my" and random.random() < 0.3:
         statement = phrasing.loosened(random, random.choice(ATTRIBUTE_STATEMENTS).format(o=owner, a=name, v=value))
     questions = []
     for _ in range(2):
         question = phrasing.spoken_question(random, asked)
-        if random.random() < 0.4:
-            question = random.choice(w.SUBJECT_QUESTIONS[: len(w.SUBJECT_QUESTIONS) * 4 // 5]).format(s=asked)
+        if random.random() < 0.6:
+            question = random.choice(wordings("train").subject_questions).format(s=asked)
         elif owner != "my" and random.random() < 0.25:
             question = random.choice(ATTRIBUTE_QUESTIONS).format(o=owner, a=name)
         questions.append(question)

@@ -26,6 +26,7 @@ from .corpus import RowMaker, read_texts, sample_for_tokenizer
 from .tokenizer import BOS, END, PAD, as_chat_tokenizer, train_tokenizer
 
 MAX_POSITIONS = 8192
+STEEPEST_FALL = 0.02
 CURVE_FIELDS = (
     "step",
     "tokens",
@@ -88,9 +89,14 @@ class Clock:
     finish_at: float
     descent_seconds: float
 
-    def share(self) -> float:
-        """The factor on the learning rates now: 1 before the descent, 0 at the end."""
-        return min(1.0, max(0.0, (self.finish_at - time.monotonic()) / self.descent_seconds))
+    def share(self, last: float = 0.0) -> float:
+        """The factor on the learning rates now: 1 before the descent, 0 at the end.
+
+        It falls by at most `STEEPEST_FALL` from the `last`: a run that was stopped for a while (SIGSTOP) walks down all
+        the same.
+        """
+        by_time = min(1.0, max(0.0, (self.finish_at - time.monotonic()) / self.descent_seconds))
+        return max(by_time, last - STEEPEST_FALL)
 
 
 @dataclass
@@ -271,6 +277,7 @@ def run(
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     curve, losses, started, tokens_then = work / "curve.csv", [], time.monotonic(), trainer.progress.tokens
+    clock_share = 1.0
     if not curve.exists():
         curve.write_text(",".join(CURVE_FIELDS) + "\n")
     while not (trainer.progress.is_done or stop.requested):
@@ -278,7 +285,7 @@ def run(
         if progress.anneal_from is None and ((work / "ANNEAL").exists() or progress.tokens >= max_tokens):
             asked = (work / "ANNEAL").read_text().strip() if (work / "ANNEAL").exists() else ""
             progress.anneal_from, progress.anneal_steps = progress.step, int(asked or anneal_steps)
-        clock_share = clock.share() if clock else 1.0
+        clock_share = clock.share(clock_share) if clock else 1.0
         if clock_share == 0:
             progress.anneal_from, progress.anneal_steps = progress.step, 0
         else:
@@ -331,6 +338,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="finish after this time, descent included, whatever --tokens")
     parser.add_argument("--descent", type=float, default=0.4, help="part of --minutes for the descent (default 0.4)")
     parser.add_argument("--start", type=Path, help="folder of a finished model to go on from, at the last stage")
+    parser.add_argument("--rate", type=float, default=1.0, help="part of the full learning rates (with --start)")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="seed of weights and rows")
     parser.add_argument("--report-every", type=int, default=100, help="steps between reports and checkpoints")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
@@ -353,7 +361,12 @@ def main() -> None:
         return
     recipe = Recipe(seed=options.seed)
     if options.start is not None:
-        recipe = replace(recipe, stages=recipe.stages[-1:])
+        recipe = replace(
+            recipe,
+            stages=recipe.stages[-1:],
+            matrix_learning_rate=options.rate * recipe.matrix_learning_rate,
+            vector_learning_rate=options.rate * recipe.vector_learning_rate,
+        )
         shutil.copy(options.start / "tokenizer.json", options.work / "tokenizer.json")
     texts, held_out_texts = read_texts(options.data)
     tokenizer = load_tokenizer(options.work, texts, shape.vocab_size)

@@ -1,13 +1,17 @@
-"""Sentence parts from which facts, questions and chats are built.
+"""Sentence parts from which facts, questions and chats are built: read from `wordings/train` and `wordings/held_out`.
 
-Placeholders: `{s}` subject as the user says it, `{z}` the same as the assistant says it, `{p}` person,
-`{t}` thing, `{v}` value, `{n}` what a story is about. In every tuple of sentence parts the last fifth (at
-least one) is held out: training never sees it.
+Placeholders: `{s}` subject as the user says it, `{z}` the same as the assistant says it, `{p}` and `{q}` persons,
+`{t}` thing, `{v}` value, `{n}` what a story is about. Training never sees a file of `wordings/held_out`. What the
+assistant says has no split and stands below.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("wordings")
 
 
 @dataclass(frozen=True)
@@ -20,101 +24,50 @@ class Family:
     answers: tuple[str, ...]
 
 
-# For the attributes of any owner or thing.
-SUBJECT_STATEMENTS = (
-    "{s} is still {v}",
-    "{s} was {v}",
-    "{s} remains {v}",
-    "{s}, as you know, is {v}",
-    "{s}, by the way, is {v}",
-    "{s} is simply {v}",
-    "{v} is now {s}",
-    "the right answer for {s} is {v}",
-    "someone set {s} to {v}",
-    "I picked {v} for {s}",
-    "{s} has been {v} for years",
-    "{v} - that is {s}",
-    "as for {s}, it is {v}",
-    "for {s} we use {v}",
-    "I wrote down {v} as {s}",
-    "my notes say {s} is {v}",
-    "{s} is known to be {v}",
-    "{s} is said to be {v}",
-    "{s} equals {v}",
-    "people say {s} is {v}",
-    "{s} should be {v}",
-    "{v} has become {s}",
-    "from today {s} is {v}",
-    "it turns out that {s} is {v}",
-    "{s} is {v}",
-    "{s} is now {v}",
-    "{s} happens to be {v}",
-    "{s} will be {v}",
-    "{s} has been changed to {v}",
-    "{s}: {v}",
-    "{s} = {v}",
-    "it is {v} that you should know as {s}",
-    "{v} is {s}",
-    "I chose {v} as {s}",
-    "they told me that {s} is {v}",
-    "we agreed that {s} is {v}",
-    "{s} is actually {v}",
-    "{s} came to be {v}",
-    "I decided on {v} for {s}",
-    "{s} was set to {v} yesterday",
-    "in this town {s} is {v}",
-    "{v} serves as {s}",
-    "everyone says {s} is {v}",
-    "{s} turned out to be {v}",
-    "{s} must be {v}",
-)
-SUBJECT_QUESTIONS = (
-    "could you say {s}",
-    "tell me what {s} is",
-    "I want to know {s}",
-    "let me know {s}",
-    "what is {s} again",
-    "what's {s} again",
-    "please repeat {s}",
-    "would you tell me {s}",
-    "do you remember what {s} is",
-    "can you remind me what {s} is",
-    "I can't remember {s}",
-    "I have forgotten {s}",
-    "help me remember {s}",
-    "what have I told you about {s}",
-    "what is written about {s}",
-    "name {s}",
-    "{s}, please",
-    "what would {s} be",
-    "show me {s}",
-    "look up {s}",
-    "give me {s}",
-    "what do you know about {s}",
-    "which one was {s}",
-    "how did I call {s}",
-    "what is {s}",
-    "what's {s}",
-    "tell me {s}",
-    "what was {s}",
-    "do you remember {s}",
-    "can you tell me {s}",
-    "could you repeat {s}",
-    "I forgot {s}, what is it",
-    "what did I say {s} was",
-    "{s}",
-    "remind me of {s}",
-    "please give me {s}",
-    "can you recall {s}",
-    "what exactly is {s}",
-    "do you happen to know {s}",
-    "may I ask what {s} is",
-    "would you repeat {s}",
-    "have you kept {s} in mind",
-    "do you know {s}",
-    "I would love to have {s} back",
-    "I would like to hear {s}",
-)
+@dataclass(frozen=True)
+class Wordings:
+    """The sentence parts of one split; each field is a text file of that name, one part a line.
+
+    `owned` ("my ...", "Marta's ...") and `of_things` ("the ... of the red box") are pairs of an attribute and the
+    kind of its value. `new_families` hold relations that no training family tells, `asides` are what a user types
+    beside a question: each is there in one split alone.
+    """
+
+    subject_statements: tuple[str, ...]
+    subject_questions: tuple[str, ...]
+    families: tuple[Family, ...]
+    new_families: tuple[Family, ...]
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
+    question_openers: tuple[str, ...]
+    question_closers: tuple[str, ...]
+    asides: tuple[str, ...]
+    owned: tuple[tuple[str, str], ...]
+    of_things: tuple[tuple[str, str], ...]
+
+
+@cache
+def wordings(split: str) -> Wordings:
+    """The wordings of `split`, `train` or `held_out`."""
+    parts = {}
+    for name in Wordings.__dataclass_fields__:
+        path = FOLDER / split / f"{name}.txt"
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        if name.endswith("families"):
+            parts[name] = tuple(_family(block) for block in text.split("\n\n") if block)
+        elif name in ("owned", "of_things"):
+            parts[name] = tuple(tuple(line.rsplit(": ", 1)) for line in text.splitlines())
+        else:
+            parts[name] = tuple(text.splitlines())
+    return Wordings(**parts)
+
+
+def _family(block: str) -> Family:
+    """A family from its block: the kind of value, then lines marked `+` told, `?` asked and `=` answered."""
+    kind, *lines = block.splitlines()
+    return Family(kind, *(tuple(line[2:] for line in lines if line.startswith(mark)) for mark in "+?="))
+
+
 SUBJECT_ANSWERS = (
     "{z} is {v}.",
     "{z} is {v}.",
@@ -124,666 +77,6 @@ SUBJECT_ANSWERS = (
     "You told me that {z} is {v}.",
 )
 
-# (attribute, kind of value): "my {attribute}", "Marta's {attribute}", "the {attribute} of the red bicycle".
-OWNED = (
-    ("name", "name"),
-    ("city", "place"),
-    ("hotel", "place"),
-    ("locker code", "code"),
-    ("door code", "code"),
-    ("PIN", "code"),
-    ("phone number", "phone"),
-    ("ticket number", "code"),
-    ("room number", "number"),
-    ("house number", "number"),
-    ("seat number", "number"),
-    ("lucky number", "number"),
-    ("customer number", "code"),
-    ("order number", "code"),
-    ("favourite number", "number"),
-    ("age", "age"),
-    ("password", "word"),
-    ("secret word", "word"),
-    ("code word", "word"),
-    ("favourite colour", "colour"),
-    ("favourite fruit", "food"),
-    ("favourite food", "food"),
-    ("favourite animal", "animal"),
-    ("favourite toy", "object"),
-    ("dog's name", "name"),
-    ("cat's name", "name"),
-    ("sister's name", "name"),
-    ("brother's name", "name"),
-    ("teacher's name", "name"),
-    ("best friend", "name"),
-    ("boss", "name"),
-    ("doctor", "name"),
-    ("neighbour", "name"),
-    ("nickname", "name"),
-    ("home town", "place"),
-    ("holiday hotel", "place"),
-    ("street", "place"),
-    ("school", "place"),
-    ("birthday", "date"),
-    ("job", "job"),
-    ("instrument", "instrument"),
-    ("train time", "time"),
-    ("appointment", "time"),
-    ("wake-up time", "time"),
-    ("horse's name", "name"),
-    ("favourite drink", "food"),
-    ("library card number", "code"),
-    ("garage code", "code"),
-    ("secret hiding place", "place"),
-)
-THING_ATTRIBUTES = (
-    ("code for the {t}", "code"),
-    ("code of the {t}", "code"),
-    ("number on the {t}", "number"),
-    ("price of the {t}", "number"),
-    ("password for the {t}", "word"),
-    ("name of the {t}", "name"),
-    ("owner of the {t}", "name"),
-    ("colour of the {t}", "colour"),
-    ("place of the {t}", "place"),
-    ("maker of the {t}", "name"),
-    ("word on the {t}", "word"),
-    ("magic number of the {t}", "code"),
-    ("serial number of the {t}", "code"),
-    ("combination for the {t}", "code"),
-    ("guardian of the {t}", "name"),
-    ("label on the {t}", "word"),
-)
-
-FAMILIES = (
-    Family(
-        "name",
-        ("I am {v}", "you can call me {v}", "my friends call me {v}", "people know me as {v}"),
-        ("who am I", "what is my name", "what do my friends call me", "how do people know me"),
-        ("Your name is {v}.", "You are {v}."),
-    ),
-    Family(
-        "place",
-        (
-            "my home is in {v}",
-            "I have lived in {v} for years",
-            "I settled in {v}",
-            "I live in {v}",
-            "I moved to {v}",
-            "I come from {v}",
-            "{v} is where I live",
-        ),
-        (
-            "in which town do I live",
-            "tell me where I live",
-            "do you know where I live",
-            "where do I live",
-            "where do I come from",
-            "which town is mine",
-            "where is my home",
-        ),
-        ("You live in {v}.", "In {v}."),
-    ),
-    Family(
-        "age",
-        (
-            "I'm {v} years old",
-            "I will be {v} next year",
-            "I have just turned {v}",
-            "I am {v} years old",
-            "I turned {v} this year",
-            "my age is {v} years",
-            "I will soon be {v} years old",
-        ),
-        (
-            "tell me my age",
-            "do you know how old I am",
-            "how old did I say I am",
-            "how old am I",
-            "what is my age",
-            "how many years have I lived",
-            "which age did I tell you",
-        ),
-        ("You are {v} years old.", "You are {v}."),
-    ),
-    Family(
-        "name",
-        (
-            "my dog's name is {v}",
-            "I named my dog {v}",
-            "{v} is my dog",
-            "I have a dog called {v}",
-            "my dog is called {v}",
-            "my dog {v} sleeps a lot",
-            "I walk with {v}, my dog",
-        ),
-        (
-            "what's my dog's name",
-            "what did I name my dog",
-            "tell me my dog's name",
-            "what is my dog called",
-            "what is the name of my dog",
-            "how is my dog called",
-            "which name has my dog",
-        ),
-        ("Your dog is called {v}.", "Your dog's name is {v}."),
-    ),
-    Family(
-        "job",
-        (
-            "I earn my living as {v}",
-            "I was trained as {v}",
-            "my work is that of {v}",
-            "I work as {v}",
-            "I am {v}",
-            "I became {v}",
-            "by trade I am {v}",
-        ),
-        (
-            "what do I do",
-            "what's my job",
-            "tell me what I do",
-            "how do I earn my living",
-            "what is my job",
-            "what do I work as",
-            "what is my trade",
-        ),
-        ("You work as {v}.", "You are {v}."),
-    ),
-    Family(
-        "place",
-        (
-            "we are going to {v} this summer",
-            "I am flying to {v}",
-            "my next trip goes to {v}",
-            "soon I am off to {v}",
-            "I will travel to {v}",
-            "my holiday is in {v}",
-            "we booked a trip to {v}",
-        ),
-        (
-            "where does my trip go",
-            "tell me where I am going",
-            "where am I flying",
-            "where am I going",
-            "where will I travel",
-            "where is my holiday",
-            "to which place is my trip",
-        ),
-        ("You are going to {v}.", "To {v}."),
-    ),
-    Family(
-        "time",
-        (
-            "the meeting with {p} is at {v}",
-            "I meet {p} at {v}",
-            "{p} waits for me at {v}",
-            "at {v} I see {p}",
-        ),
-        (
-            "when do I meet {p}",
-            "at what time is the meeting with {p}",
-            "when does {p} wait",
-            "when do I see {p}",
-        ),
-        ("You meet {p} at {v}.", "At {v}."),
-    ),
-    Family(
-        "number",
-        (
-            "there are {v} people in {p}'s family",
-            "{p} has {v} books",
-            "{p} counted {v} sheep",
-            "{v} stamps belong to {p}",
-        ),
-        (
-            "how many does {p} have",
-            "how many did {p} count",
-            "which number goes with {p}",
-            "how many belong to {p}",
-        ),
-        ("{p} has {v}.", "{v}."),
-    ),
-    Family(
-        "place",
-        (
-            "you will find {p} in {v}",
-            "{p} has lived in {v} for years",
-            "{p} settled in {v}",
-            "{p} lives in {v}",
-            "{p} has a house in {v}",
-            "{p} moved to {v}",
-            "{v} is where {p} lives",
-            "the home of {p} is in {v}",
-        ),
-        (
-            "where can I find {p}",
-            "what town is {p} in",
-            "tell me where {p} lives",
-            "{p} lives where",
-            "where does {p} live",
-            "in which town does {p} live",
-            "where is the home of {p}",
-            "do you know where {p} lives",
-        ),
-        ("{p} lives in {v}.", "In {v}."),
-    ),
-    Family(
-        "place",
-        (
-            "{p} keeps the {t} in {v}",
-            "{p} took the {t} to {v}",
-            "{p} forgot the {t} in {v}",
-            "{p} hid the {t} in {v}",
-            "the {t} that {p} hid is in {v}",
-            "{p} left the {t} in {v}",
-            "{v} is where {p} put the {t}",
-        ),
-        (
-            "where is the {t}",
-            "tell me where the {t} is",
-            "where did {p} leave the {t}",
-            "where is the {t} of {p}",
-            "where did {p} hide the {t}",
-            "in which place is the {t}",
-            "where can I find the {t}",
-        ),
-        ("The {t} is in {v}.", "{p} hid the {t} in {v}."),
-    ),
-    Family(
-        "name",
-        (
-            "the {t} now belongs to {v}",
-            "{v} bought the {t}",
-            "{v} has the {t}",
-            "the {t} is {v}'s",
-            "the {t} belongs to {v}",
-            "{v} owns the {t}",
-            "the {t} was given to {v}",
-            "{v} is the owner of the {t}",
-            "the {t} is the property of {v}",
-        ),
-        (
-            "who bought the {t}",
-            "tell me who owns the {t}",
-            "who is the owner of the {t}",
-            "who owns the {t}",
-            "whose is the {t}",
-            "to whom does the {t} belong",
-            "who has the {t}",
-        ),
-        ("The {t} belongs to {v}.", "{v} owns the {t}."),
-    ),
-    Family(
-        "number",
-        (
-            "they want {v} coins for the {t}",
-            "the price of the {t} is {v} coins",
-            "the {t} was sold for {v} coins",
-            "the {t} costs {v} coins",
-            "you can buy the {t} for {v} coins",
-            "{p} paid {v} coins for the {t}",
-            "{v} coins is the price of the {t}",
-        ),
-        (
-            "what does the {t} cost",
-            "tell me how much the {t} costs",
-            "how many coins did the {t} cost",
-            "how much does the {t} cost",
-            "how many coins is the {t}",
-            "what is the price of the {t}",
-            "for how many coins can I buy the {t}",
-        ),
-        ("The {t} costs {v} coins.", "{v} coins."),
-    ),
-    Family(
-        "name",
-        (
-            "{p}'s dog is called {v}",
-            "{p} calls the dog {v}",
-            "{v} is the dog of {p}",
-            "{p} has a dog called {v}",
-            "the dog of {p} is called {v}",
-            "{p} named the dog {v}",
-            "{p} walks with a dog by the name of {v}",
-        ),
-        (
-            "what is {p}'s dog called",
-            "what does {p} call the dog",
-            "tell me the name of {p}'s dog",
-            "what is the dog of {p} called",
-            "what is the name of {p}'s dog",
-            "how did {p} name the dog",
-            "which name has the dog of {p}",
-        ),
-        ("{p}'s dog is called {v}.", "The dog of {p} is called {v}."),
-    ),
-    Family(
-        "job",
-        (
-            "{p} earns a living as {v}",
-            "{p} was trained as {v}",
-            "{p} has always been {v}",
-            "{p} works as {v}",
-            "{p} is {v}",
-            "{p} became {v}",
-            "by trade {p} is {v}",
-        ),
-        (
-            "tell me what {p} does",
-            "what is {p}",
-            "how does {p} earn a living",
-            "what does {p} do",
-            "what is the job of {p}",
-            "what does {p} work as",
-            "by trade, what is {p}",
-        ),
-        ("{p} works as {v}.", "{p} is {v}."),
-    ),
-    Family(
-        "instrument",
-        (
-            "{p} practises the {v}",
-            "{p} plays the {v} every day",
-            "the {v} is played by {p}",
-            "{p} plays the {v}",
-            "{p} is learning the {v}",
-            "the instrument of {p} is the {v}",
-            "{p} bought the {v} to play on",
-        ),
-        (
-            "which instrument is {p}'s",
-            "tell me what {p} plays",
-            "what instrument does {p} play",
-            "what does {p} play",
-            "which instrument does {p} play",
-            "what instrument does {p} have",
-            "on what does {p} make music",
-        ),
-        ("{p} plays the {v}.", "The {v}."),
-    ),
-    Family(
-        "food",
-        (
-            "{p} is fond of {v}",
-            "{p} ate {v}",
-            "{p} loves {v}",
-            "{p} likes {v} best",
-            "{p} always eats {v}",
-            "{p} brought {v}",
-            "nothing pleases {p} more than {v}",
-        ),
-        (
-            "what did {p} eat",
-            "what does {p} love",
-            "what is {p} fond of",
-            "what does {p} like to eat",
-            "what does {p} like best",
-            "which food does {p} like",
-            "what would please {p} at table",
-        ),
-        ("{p} likes {v}.", "{p} likes {v} best."),
-    ),
-    Family(
-        "time",
-        (
-            "the {t} will be ready at {v}",
-            "the {t} closes at {v}",
-            "be at the {t} at {v}",
-            "the train to the {t} leaves at {v}",
-            "{p} comes at {v} for the {t}",
-            "the {t} opens at {v}",
-            "at {v} we look at the {t}",
-        ),
-        (
-            "when should I be at the {t}",
-            "what time goes with the {t}",
-            "tell me the time for the {t}",
-            "when does the {t} open",
-            "at what time is the {t}",
-            "what time is it for the {t}",
-            "at which hour is the {t}",
-        ),
-        ("The {t} is at {v}.", "At {v}."),
-    ),
-    Family(
-        "date",
-        (
-            "{p}'s birthday is {v}",
-            "{p} will arrive on {v}",
-            "{v} is the birthday of {p}",
-            "{p} was born on {v}",
-            "the birthday of {p} is {v}",
-            "{p} comes to visit on {v}",
-            "on {v} it is the day of {p}",
-        ),
-        (
-            "when is {p}'s birthday",
-            "when was {p} born",
-            "tell me the date for {p}",
-            "when is the birthday of {p}",
-            "on what day is it {p}'s turn",
-            "when is {p}'s day",
-            "which date goes with {p}",
-        ),
-        ("{p}'s day is {v}.", "On {v}."),
-    ),
-    Family(
-        "animal",
-        (
-            "{p} feeds {v}",
-            "{p} takes care of {v}",
-            "{p} found {v}",
-            "{p} keeps {v}",
-            "{p} has {v} at home",
-            "{p} bought {v}",
-            "in the yard of {p} there is {v}",
-        ),
-        (
-            "what pet does {p} have",
-            "what did {p} find",
-            "which animal is {p}'s",
-            "what animal does {p} have",
-            "which pet does {p} keep",
-            "what does {p} keep at home",
-            "what lives in the yard of {p}",
-        ),
-        ("{p} keeps {v}.", "{p} has {v}."),
-    ),
-    Family(
-        "name",
-        (
-            "the {t} was built by {v}",
-            "the {t} was made by {v}",
-            "it was {v} who made the {t}",
-            "the {t} was painted by {v}",
-            "{v} made the {t}",
-            "{v} built the {t}",
-            "the {t} is the work of {v}",
-        ),
-        (
-            "who painted the {t}",
-            "by whom was the {t} made",
-            "tell me who made the {t}",
-            "who made the {t}",
-            "who is the maker of the {t}",
-            "who built the {t}",
-            "whose work is the {t}",
-        ),
-        ("{v} made the {t}.", "The {t} was made by {v}."),
-    ),
-    Family(
-        "code",
-        (
-            "the {t} needs {v}",
-            "type {v} to open the {t}",
-            "{v} opens the {t}",
-            "the {t} opens with {v}",
-            "use {v} for the {t}",
-            "to open the {t}, type {v}",
-            "{v} unlocks the {t}",
-            "with {v} you get into the {t}",
-        ),
-        (
-            "what does the {t} open with",
-            "which code opens the {t}",
-            "what is the code for the {t}",
-            "how do I open the {t}",
-            "what opens the {t}",
-            "what do I type for the {t}",
-            "which number unlocks the {t}",
-            "with what do I get into the {t}",
-        ),
-        ("The {t} opens with {v}.", "The code for the {t} is {v}."),
-    ),
-)
-HELD_OUT_FAMILIES = (
-    Family(
-        "place",
-        ("{p} was last seen in {v}", "someone met {p} in {v}"),
-        ("where was {p} last seen", "where did someone meet {p}"),
-        ("{p} was last seen in {v}.",),
-    ),
-    Family(
-        "number",
-        ("the {t} weighs {v} pounds", "{v} pounds is the weight of the {t}"),
-        ("how heavy is the {t}", "how many pounds does the {t} weigh"),
-        ("The {t} weighs {v} pounds.",),
-    ),
-    Family(
-        "name",
-        ("{p} is married to {v}", "{v} married {p}"),
-        ("who is {p} married to", "who married {p}"),
-        ("{p} is married to {v}.",),
-    ),
-)
-
-OPENERS = (
-    "I heard that ",
-    "Someone told me that ",
-    "It is known that ",
-    "Listen, ",
-    "Well, ",
-    "Now, ",
-    "So, ",
-    "Fact: ",
-    "As I said, ",
-    "Believe it or not, ",
-    "A note: ",
-    "My aunt says that ",
-    "It seems that ",
-    "Guess what: ",
-    "You see, ",
-    "In case you need it, ",
-    "",
-    "",
-    "",
-    "",
-    "By the way, ",
-    "Please remember: ",
-    "Remember that ",
-    "For your information, ",
-    "Note that ",
-    "One more thing: ",
-    "I should tell you that ",
-    "You should know that ",
-    "Just so you know, ",
-    "Keep in mind that ",
-    "Oh, and ",
-    "Also, ",
-    "Do not forget that ",
-    "Here is a fact: ",
-    "Important: ",
-    "Write this down: ",
-    "For the record, ",
-    "Here is something to remember: ",
-    "By chance I learned that ",
-    "Let it be known that ",
-    "I want you to know that ",
-    "Let me tell you something: ",
-    "Before I forget, ",
-    "As it happens, ",
-    "It is true that ",
-)
-CLOSERS = (
-    " So much for that.",
-    " You can use that.",
-    " I am sure of it.",
-    " That will matter.",
-    " Good to know.",
-    " Do remember that.",
-    " It may be useful.",
-    " I hope you can remember it.",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    " Please keep it in mind.",
-    " Remember it.",
-    " I will ask you later.",
-    " Don't forget it.",
-    " That is important.",
-    " Thank you.",
-    " Make a note of it.",
-    " Never lose that.",
-    " You may need it later.",
-    " Keep it to yourself.",
-    " Hold on to that.",
-)
-QUESTION_OPENERS = (
-    "Well, ",
-    "Okay, ",
-    "Please, ",
-    "Now tell me: ",
-    "My question: ",
-    "Listen, ",
-    "Sorry, ",
-    "Can you help me? ",
-    "First, ",
-    "Next, ",
-    "Then ",
-    "Good. ",
-    "I have a question: ",
-    "Remember the text? ",
-    "About the text: ",
-    "One thing: ",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "Tell me, ",
-    "Now, ",
-    "So, ",
-    "One question: ",
-    "Quick question: ",
-    "Please answer: ",
-    "And ",
-    "Hey, ",
-    "Back to what I said: ",
-    "Let me ask: ",
-    "Last question: ",
-    "Just asking: ",
-    "By the way, ",
-    "Help me out: ",
-    "Thanks. ",
-    "Fine. ",
-    "From what you read, ",
-)
-QUESTION_CLOSERS = (
-    "",
-    "",
-    "",
-    "",
-    ", please",
-    " again",
-    " for me",
-    ", if you can",
-    ", once more",
-    ", from memory",
-)
 ACKNOWLEDGEMENTS = (
     "Okay.",
     "Got it.",
@@ -856,7 +149,9 @@ SMALL_TALK = (
     ("Bye", "Bye! See you soon."),
     ("See you later.", "See you later! Take care."),
 )
+FREE_STORY_REQUESTS = ("Tell me a story.", "Please tell me a story.", "Do you know a story?")
 STORY_REQUESTS = (
+    "Tell me a story about {n}.",
     "Tell me a story about {n}.",
     "Tell me a story with {n} in it.",
     "Please tell me a tale about {n}.",
@@ -864,4 +159,21 @@ STORY_REQUESTS = (
     "Write a short story about {n}.",
     "I would like a story about {n}.",
     "Tell a short tale about {n}, please.",
+    "A story about {n}, please.",
+    "Do you know a story about {n}?",
+    "Make up a story about {n}.",
+)
+# What a story may be about: within a group one can take another's part.
+STORY_TOPICS = tuple(
+    tuple(group.split())
+    for group in (
+        "fox bird cat dog bear rabbit frog duck mouse lion bunny squirrel monkey owl elephant puppy kitten turtle wolf "
+        "horse pig cow sheep tiger dragon hen goat snake crab hedgehog donkey parrot penguin whale beetle spider crow "
+        "deer giraffe hippo butterfly bee ant",
+        "ball doll boat car truck kite box hat book toy train robot drum balloon lamp cup ring shell stone key clock "
+        "bell basket bucket scarf whistle wagon bicycle ship map flute lantern spoon",
+        "tree flower garden park beach forest house castle tower river lake bridge island mountain farm shop cave mill "
+        "lighthouse",
+        "apple cake cookie banana carrot pie pear sandwich pumpkin potato soup candy pancake melon",
+    )
 )

@@ -1,4 +1,4 @@
-"""Lists of names, things and values from which facts are built; the last fifth of each is held out."""
+"""Lists of names, things and values from which facts are built; the last fifth of each list is held out."""
 
 # fmt: off
 PERSONS = (
@@ -83,6 +83,36 @@ VALUES = {
     "instrument": (
         "piano", "violin", "flute", "drum", "guitar", "harp", "trumpet", "cello", "horn", "organ", "fiddle",
         "banjo", "oboe", "clarinet",
+    ),
+    "weekday": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "weather": ("rainy", "sunny", "foggy", "windy", "stormy", "snowy", "mild", "frosty", "cloudy", "hot"),
+    "illness": (
+        "a cold", "the flu", "measles", "a fever", "a cough", "mumps", "a headache", "toothache", "hay fever",
+        "a sore throat", "a broken arm", "asthma", "a rash",
+    ),
+    "material": (
+        "wood", "iron", "glass", "paper", "stone", "silver", "leather", "clay", "bronze", "brass", "marble", "wool",
+        "ivory", "tin", "wax", "straw",
+    ),
+    "language": (
+        "French", "German", "Dutch", "Latin", "Greek", "Spanish", "Danish", "Polish", "Welsh", "Finnish", "Arabic",
+        "Irish", "Czech", "Turkish",
+    ),
+    "subject": (
+        "history", "music", "drawing", "science", "reading", "geography", "chemistry", "art", "physics", "biology",
+        "grammar", "Latin", "botany",
+    ),
+    "sport": (
+        "football", "tennis", "chess", "hockey", "golf", "cricket", "rugby", "rowing", "boxing", "skating",
+        "fencing", "archery", "polo",
+    ),
+    "vehicle": (
+        "bus", "train", "ship", "bicycle", "cart", "tram", "taxi", "van", "truck", "sledge", "ferry", "motorbike",
+        "coach", "balloon",
+    ),
+    "plant": (
+        "roses", "tulips", "lilies", "daisies", "poppies", "ferns", "oaks", "apple trees", "herbs", "tomatoes",
+        "pumpkins", "sunflowers", "ivy", "thistles", "cabbages",
     ),
 }
 # fmt: on
