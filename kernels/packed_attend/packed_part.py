@@ -3,6 +3,17 @@
 import triton
 import triton.language as tl
 
+from kvlens.kernels.packed_attend.registers import (
+    code_numbers,
+    codes_factor,
+    columns_of,
+    exact_codes,
+    pin,
+    row_of,
+    scale_rows,
+    spread_rows,
+    stack,
+)
 from kvlens.kernels.split_k import dot
 
 
@@ -16,26 +27,23 @@ def attend_packed(
     """Maximum and sum of one share of the packed tokens, and its outputs, not yet divided by the sum.
 
     Shapes: query_ptr and mask_n `[N]`, each head's query; maximum, total `[N]`; outputs, a tuple of
-    `[VW, N]`: the channels of each slot.
+    `[value rows, N]`: consecutive channels.
     """
     NUM_HEADS: tl.constexpr = TILING.block_heads
-    VALUE_SLOTS: tl.constexpr = TILING.value_slots
-    VALUE_WORDS: tl.constexpr = TILING.block_value_words
-    VALUE_GROUPS: tl.constexpr = TILING.block_value_groups
-    offs_d = tl.arange(0, TILING.block_d)
-    offs_vw = tl.arange(0, VALUE_WORDS)
-    mask_d = offs_d < TILING.head_dim
-    mask_vw = offs_vw < TILING.value_words
-    query = tl.load(
-        query_ptr[None, :] + offs_d[:, None], mask=mask_n[None, :] & mask_d[:, None], other=0.0
-    ).to(TILING.packed_dtype)  # fmt: skip
+    NUM_SUMS: tl.constexpr = TILING.num_value_sums
+    NUM_CHUNKS: tl.constexpr = TILING.key_chunks
+    queries = ()
+    for chunk in tl.static_range(NUM_CHUNKS):
+        offs_d = chunk * TILING.key_channels + tl.arange(0, TILING.key_channels)
+        mask = mask_n[None, :] & (offs_d < TILING.head_dim)[:, None]
+        queries += (tl.load(query_ptr[None, :] + offs_d[:, None], mask=mask, other=0.0).to(TILING.packed_dtype),)
 
     maximum = tl.full((NUM_HEADS,), -1e30, tl.float32)  # finite: no difference is inf - inf
     total = tl.zeros((NUM_HEADS,), tl.float32)
-    minima = tl.zeros((VALUE_GROUPS, NUM_HEADS), tl.float32)
+    minima = tl.zeros((TILING.block_value_groups, NUM_HEADS), tl.float32)
     outputs = ()
-    for _ in tl.static_range(VALUE_SLOTS):
-        outputs += (tl.zeros((VALUE_WORDS, NUM_HEADS), tl.float32),)
+    for _ in tl.static_range(NUM_SUMS):
+        outputs += (tl.zeros((TILING.block_value_rows, NUM_HEADS), tl.float32),)
 
     # A sequence's pages laid end to end are one row of words for each channel; a tile is a piece of it.
     num_tiles = tl.cdiv(tl.cdiv(num_tokens, TILING.page_tokens) * TILING.key_words, TILING.tile_words)
@@ -46,20 +54,16 @@ def attend_packed(
         key_page, word, mask_w, value_page, token, mask_t, first_word, num_left = _locate(
             tile, num_tokens, page_table_ptr, TILING
         )
-        mask_words = mask_w[:, None] & mask_d[None, :]
-        words = _load(
-            _down(key_codes_ptr + key_page * stride_key_codes_page, TILING)
-            + (offs_d[None, :] * TILING.key_words + word[:, None]),
-            mask_words, TILING.masks_key_words,
-        )  # fmt: skip
+        codes_ptr = key_codes_ptr + key_page * stride_key_codes_page
         offs_page = key_page * stride_key_scale_page
         if TILING.folds_keys:
             scores = _fold_keys(
-                query, words, scaling, key_scale_ptr + offs_page, key_minimum_ptr + offs_page, first_word, TILING
-            )
+                queries, scaling, codes_ptr, key_scale_ptr + offs_page, key_minimum_ptr + offs_page, word, first_word,
+                TILING,
+            )  # fmt: skip
         else:
             scores = _restore_keys(
-                query, words, mask_words, scaling, key_scale_ptr + offs_page, key_minimum_ptr + offs_page, word,
+                queries[0], scaling, codes_ptr, key_scale_ptr + offs_page, key_minimum_ptr + offs_page, word, mask_w,
                 TILING,
             )  # fmt: skip
         scores = tl.where(mask_t[:, None], scores, float("-inf"))
@@ -72,34 +76,24 @@ def attend_packed(
         weights = probabilities.to(TILING.packed_dtype)
         minima *= decay[None, :]
         decayed = ()
-        for slot in tl.static_range(VALUE_SLOTS):
-            decayed += (outputs[slot] * decay[None, :],)
+        for index in tl.static_range(NUM_SUMS):
+            decayed += (outputs[index] * decay[None, :],)
 
-        words = _load(
-            _across(value_codes_ptr + value_page * stride_value_codes_page, TILING)
-            + (token[None, :] * TILING.value_words + offs_vw[:, None]),
-            mask_vw[:, None] if TILING.is_tile_in_page else mask_t[None, :] & mask_vw[:, None],
-            TILING.masks_value_words,
-        )  # fmt: skip
+        codes_ptr = value_codes_ptr + value_page * stride_value_codes_page
         offs_page = value_page * stride_value_scale_page
         if TILING.folds_values:
             outputs, minima = _fold_values(
-                decayed, minima, weights, words, value_scale_ptr + offs_page, value_minimum_ptr + offs_page,
+                decayed, minima, weights, codes_ptr, value_scale_ptr + offs_page, value_minimum_ptr + offs_page,
                 token, mask_t, first_word, num_left, TILING,
             )  # fmt: skip
         else:
             outputs = _restore_values(
-                decayed, weights, words, value_scale_ptr + offs_page, value_minimum_ptr + offs_page,
+                decayed, weights, codes_ptr, value_scale_ptr + offs_page, value_minimum_ptr + offs_page,
                 token, mask_t, TILING,
             )  # fmt: skip
 
     if TILING.folds_values:
-        complete = ()
-        for slot in tl.static_range(VALUE_SLOTS):
-            group = slot * TILING.value_words // TILING.value_group_size
-            share = _row(minima, group * TILING.value_minima_step)
-            complete += (outputs[slot] * _codes_factor(slot, TILING.value_bits, TILING) + share,)
-        outputs = complete
+        outputs = _complete_values(outputs, minima, TILING)
     return maximum, total, outputs
 
 
@@ -138,82 +132,113 @@ def _locate(tile, num_tokens, page_table_ptr, TILING: tl.constexpr):
 
 
 @triton.jit
-def _fold_keys(query, words, scaling, scale_ptr, minimum_ptr, first_word, TILING: tl.constexpr):
-    """Scores of a tile's tokens, run after run, in units of log 2; each run lies in one group.
+def _fold_keys(queries, scaling, codes_ptr, scale_ptr, minimum_ptr, word, first_word, TILING: tl.constexpr):
+    """Scores of a tile's tokens `[tile tokens, N]`, run after run, in units of log 2; each run lies in one group.
 
-    Shapes: query `[D, N]`, words `[W, D]`, result `[tile tokens, N]`. The pointers are to the page's scales.
+    Channels are taken `key_channels` at a time: queries is a tuple of `[channels, N]`. The pointers are to the
+    page's words and scales.
     """
     NUM_SLOTS: tl.constexpr = TILING.key_slots
     NUM_GROUPS: tl.constexpr = TILING.key_groups
-    BLOCK_D: tl.constexpr = TILING.block_d
-    if TILING.splits_key_scales:
-        offs = tl.arange(0, BLOCK_D * NUM_GROUPS)
-        mask = offs < TILING.head_dim * NUM_GROUPS
-        scales = _columns(_load(scale_ptr + offs, mask, TILING.masks_channels), NUM_GROUPS)
-        minimum = _load(minimum_ptr + offs, mask, TILING.masks_channels)
-        minimum = _spread_rows(tl.reshape(minimum, (BLOCK_D, NUM_GROUPS)), NUM_GROUPS)
-    else:
-        offs_d = tl.arange(0, BLOCK_D)
-        offs_g = tl.arange(0, TILING.block_key_groups)
-        mask_d = offs_d < TILING.head_dim
-        minimum = tl.load(
-            minimum_ptr + (offs_d[None, :] * NUM_GROUPS + offs_g[:, None]),
-            mask=mask_d[None, :] & (offs_g < NUM_GROUPS)[:, None], other=0.0,
-        )  # fmt: skip
-    biases = dot(minimum.to(TILING.packed_dtype), query) * scaling
+    NUM_CHUNKS: tl.constexpr = TILING.key_chunks
+    CHANNELS: tl.constexpr = TILING.key_channels
     runs = ()
-    for slot in tl.static_range(NUM_SLOTS):
-        if slot * TILING.key_words % TILING.key_group_size == 0:
-            if TILING.splits_key_scales:
-                group = slot * TILING.key_words // TILING.key_group_size
-                scale = scales[slot * TILING.key_words // TILING.key_group_size]
-            else:
-                group = (slot * TILING.key_words + first_word) // TILING.key_group_size
-                scale = tl.load(scale_ptr + offs_d * NUM_GROUPS + group, mask=mask_d, other=0.0)
-            scaled_query = _scaled(query, scale, TILING)
-            bias = _row(biases, group * TILING.key_minima_step)
-        run = _dot_codes(words, scaled_query, None, slot, TILING.key_bits, TILING)
-        runs += (run * (scaling * _codes_factor(slot, TILING.key_bits, TILING)) + bias,)
-    return _stack(runs, NUM_SLOTS)
+    biases = None
+    for chunk in tl.static_range(NUM_CHUNKS):
+        offs_d = chunk * CHANNELS + tl.arange(0, CHANNELS)
+        mask_d = offs_d < TILING.head_dim
+        words = _load(
+            codes_ptr + (offs_d[None, :] * TILING.key_words + word[:, None]), mask_d[None, :], TILING.masks_channels
+        )
+        if TILING.splits_key_scales:
+            offs = chunk * CHANNELS * NUM_GROUPS + tl.arange(0, CHANNELS * NUM_GROUPS)
+            mask = offs < TILING.head_dim * NUM_GROUPS
+            scales = columns_of(_load(scale_ptr + offs, mask, TILING.masks_channels), NUM_GROUPS)
+            minimum = _load(minimum_ptr + offs, mask, TILING.masks_channels)
+            minimum = spread_rows(tl.reshape(minimum, (CHANNELS, NUM_GROUPS)), NUM_GROUPS)
+        else:
+            offs_g = tl.arange(0, TILING.block_key_groups)
+            minimum = tl.load(
+                minimum_ptr + (offs_d[None, :] * NUM_GROUPS + offs_g[:, None]),
+                mask=mask_d[None, :] & (offs_g < NUM_GROUPS)[:, None], other=0.0,
+            )  # fmt: skip
+        biases = dot(minimum.to(TILING.packed_dtype), queries[chunk], biases)
+        if chunk == NUM_CHUNKS - 1:
+            biases *= scaling
+        new_runs = ()
+        for slot in tl.static_range(NUM_SLOTS):
+            if slot * TILING.key_words % TILING.key_group_size == 0:
+                if TILING.splits_key_scales:
+                    group = slot * TILING.key_words // TILING.key_group_size
+                    scale = scales[slot * TILING.key_words // TILING.key_group_size]
+                else:
+                    group = (slot * TILING.key_words + first_word) // TILING.key_group_size
+                    scale = tl.load(scale_ptr + offs_d * NUM_GROUPS + group, mask=mask_d, other=0.0)
+                scaled_query = scale_rows(queries[chunk], scale, TILING)
+                if chunk == NUM_CHUNKS - 1:
+                    bias = row_of(biases, group * TILING.key_minima_step)
+            codes = code_numbers(words, slot, TILING.key_bits, TILING)
+            run = dot(codes, scaled_query, runs[slot] if chunk > 0 else None)
+            if chunk == NUM_CHUNKS - 1:
+                run = run * (scaling * codes_factor(slot, TILING.key_bits, TILING)) + bias
+            new_runs += (run,)
+        runs = new_runs
+    return stack(runs, NUM_SLOTS)
 
 
 @triton.jit
-def _restore_keys(query, words, mask, scaling, scale_ptr, minimum_ptr, word, TILING: tl.constexpr):
+def _restore_keys(query, scaling, codes_ptr, scale_ptr, minimum_ptr, word, mask_w, TILING: tl.constexpr):
     """The same for any groups: keys are restored before the product. The pointers are to each word's page."""
     NUM_SLOTS: tl.constexpr = TILING.key_slots
     offs_d = tl.arange(0, TILING.block_d)
+    mask = mask_w[:, None] & (offs_d < TILING.head_dim)[None, :]
+    words = tl.load(_down(codes_ptr, TILING) + (offs_d[None, :] * TILING.key_words + word[:, None]), mask=mask, other=0)
     runs = ()
     for slot in tl.static_range(NUM_SLOTS):
         group = (slot * TILING.key_words + word) // TILING.key_group_size
         offs = group[:, None] + offs_d[None, :] * TILING.key_groups
         scale = tl.load(_down(scale_ptr, TILING) + offs, mask=mask, other=0.0).to(tl.float32)
         minimum = tl.load(_down(minimum_ptr, TILING) + offs, mask=mask, other=0.0).to(tl.float32)
-        keys = _codes(words, slot, TILING.key_bits) * scale + minimum
+        keys = exact_codes(words, slot, TILING.key_bits) * scale + minimum
         runs += (dot(keys.to(TILING.packed_dtype), query) * scaling,)
-    return _stack(runs, NUM_SLOTS)
+    return stack(runs, NUM_SLOTS)
 
 
 @triton.jit
 def _fold_values(
-    outputs, minima, weights, words, scale_ptr, minimum_ptr, token, mask_t, first_word, num_left,
+    outputs, minima, weights, codes_ptr, scale_ptr, minimum_ptr, token, mask_t, first_word, num_left,
     TILING: tl.constexpr,
 ):  # fmt: skip
-    """The outputs (a tuple, one block a slot) and the sums of p * minimum, with a tile's tokens added.
+    """The sums of p * scale * code and of p * minimum, with a tile's tokens added.
 
-    Shapes: weights `[tokens, N]`, words `[VW, tokens]`, outputs `[VW, N]` each, minima `[groups, N]`. `token`
-    `[tokens]` is each one's place in its page; the pointers are to the page's scales (or to each token's).
+    Shapes: weights `[tokens, N]`, outputs, a tuple of `[value rows, N]`, minima `[groups, N]`. `token` `[tokens]` is
+    each one's place in its page; the pointers are to the page's words and scales (or to each token's).
+    Rows of channels that lie in two groups have a sum for each; in the end every channel takes that of its group.
     """
-    NUM_SLOTS: tl.constexpr = TILING.value_slots
     NUM_GROUPS: tl.constexpr = TILING.value_groups
-    TOKENS: tl.constexpr = TILING.tile_tokens
+    NUM_SUMS: tl.constexpr = TILING.num_value_sums
+    BLOCKS: tl.constexpr = TILING.value_blocks
+    offs_r = tl.arange(0, TILING.block_value_rows) % TILING.value_rows  # rows beyond repeat others: nobody reads them
+    blocks = ()
+    for block in tl.static_range(BLOCKS):
+        words = _load(
+            _across(codes_ptr, TILING)
+            + (token[None, :] * TILING.value_words + (block * TILING.value_rows + offs_r)[:, None]),
+            mask_t[None, :], not TILING.is_tile_in_page,
+        )  # fmt: skip
+        blocks += (words,)
+    scales = ()
     if TILING.splits_value_scales:
-        offs = tl.arange(0, TOKENS * NUM_GROUPS)
-        offs_row = _page_token(offs // NUM_GROUPS, first_word, TILING) * NUM_GROUPS
+        COLUMNS: tl.constexpr = TILING.value_scale_columns
+        offs = tl.arange(0, TILING.tile_tokens * COLUMNS)
+        offs_row = _page_token(offs // COLUMNS, first_word, TILING) * NUM_GROUPS
         mask = offs_row < num_left * NUM_GROUPS
-        offs = offs_row + offs % NUM_GROUPS
-        scales = _columns(tl.load(scale_ptr + offs, mask=mask, other=0.0), NUM_GROUPS)
+        if COLUMNS != NUM_GROUPS:
+            mask &= offs % COLUMNS < NUM_GROUPS
+        offs = offs_row + offs % COLUMNS
+        scales = columns_of(tl.load(scale_ptr + offs, mask=mask, other=0.0), COLUMNS)
         minimum = tl.load(minimum_ptr + offs, mask=mask, other=0.0)
-        minimum = _spread_rows(tl.reshape(minimum, (TOKENS, NUM_GROUPS)), NUM_GROUPS)
+        minimum = spread_rows(tl.reshape(minimum, (TILING.tile_tokens, COLUMNS)), COLUMNS)
     else:
         offs_g = tl.arange(0, TILING.block_value_groups)
         minimum = tl.load(
@@ -222,91 +247,69 @@ def _fold_values(
         )  # fmt: skip
     minima = dot(minimum.to(TILING.packed_dtype), weights, minima)
     new_outputs = ()
-    for slot in tl.static_range(NUM_SLOTS):
-        if slot * TILING.value_words % TILING.value_group_size == 0:
+    for index in tl.static_range(NUM_SUMS):
+        if index == 0 or _group_of(index, TILING) != _group_of(index - 1, TILING):
             if TILING.splits_value_scales:
-                scale = _pinned(scales[slot * TILING.value_words // TILING.value_group_size], TILING)
+                scale = pin(scales[_group_of(index, TILING)], TILING)
             else:
-                group = slot * TILING.value_words // TILING.value_group_size
-                scale = tl.load(scale_ptr + token * NUM_GROUPS + group, mask=mask_t, other=0.0)
-            scaled_weights = _scaled(weights, scale, TILING)
-        new_outputs += (_dot_codes(words, scaled_weights, outputs[slot], slot, TILING.value_bits, TILING),)
+                scale = tl.load(scale_ptr + token * NUM_GROUPS + _group_of(index, TILING), mask=mask_t, other=0.0)
+            scaled_weights = scale_rows(weights, scale, TILING)
+        codes = code_numbers(
+            blocks[_rows_of(index, TILING) % BLOCKS], _rows_of(index, TILING) // BLOCKS, TILING.value_bits, TILING
+        )
+        new_outputs += (dot(codes, scaled_weights, outputs[index]),)
     return new_outputs, minima
 
 
 @triton.jit
-def _restore_values(outputs, weights, words, scale_ptr, minimum_ptr, token, mask_t, TILING: tl.constexpr):
+def _complete_values(outputs, minima, TILING: tl.constexpr):
+    """The outputs as numbers of channels: their codes' factors, and their groups' sums of p * minimum."""
+    NUM_SUMS: tl.constexpr = TILING.num_value_sums
+    offs_r = tl.arange(0, TILING.block_value_rows)[:, None]
+    complete = ()
+    rows = outputs[0]
+    for index in tl.static_range(NUM_SUMS):
+        factor = codes_factor(_rows_of(index, TILING) // TILING.value_blocks, TILING.value_bits, TILING)
+        output = outputs[index] * factor + row_of(minima, _group_of(index, TILING) * TILING.value_minima_step)
+        if index > 0 and _rows_of(index, TILING) == _rows_of(index - 1, TILING):
+            first = _group_of(index, TILING) * TILING.value_group_size - _rows_of(index, TILING) * TILING.value_rows
+            output = tl.where(offs_r >= first, output, rows)
+        rows = output
+        if index == NUM_SUMS - 1 or _rows_of(index, TILING) != _rows_of(index + 1, TILING):
+            complete += (rows,)
+    return complete
+
+
+@triton.constexpr_function
+def _rows_of(index, tiling):
+    """Which rows of channels sum `index` is of."""
+    return tiling.value_sums[index][0]
+
+
+@triton.constexpr_function
+def _group_of(index, tiling):
+    """Which group's scales it has."""
+    return tiling.value_sums[index][1]
+
+
+@triton.jit
+def _restore_values(outputs, weights, codes_ptr, scale_ptr, minimum_ptr, token, mask_t, TILING: tl.constexpr):
     """The same for any groups: values are restored before the product."""
     NUM_SLOTS: tl.constexpr = TILING.value_slots
-    offs_vw = tl.arange(0, TILING.block_value_words)
-    mask = mask_t[None, :] & (offs_vw < TILING.value_words)[:, None]
+    offs_w = tl.arange(0, TILING.block_value_rows)
+    mask = mask_t[None, :] & (offs_w < TILING.value_words)[:, None]
+    words = tl.load(
+        _across(codes_ptr, TILING) + (token[None, :] * TILING.value_words + offs_w[:, None]), mask=mask, other=0
+    )
     new_outputs = ()
     for slot in tl.static_range(NUM_SLOTS):
-        group = (slot * TILING.value_words + offs_vw) // TILING.value_group_size
+        group = (slot * TILING.value_words + offs_w) // TILING.value_group_size
         offs = token[None, :] * TILING.value_groups + group[:, None]
         scale = tl.load(_across(scale_ptr, TILING) + offs, mask=mask, other=0.0).to(tl.float32)
         minimum = tl.load(_across(minimum_ptr, TILING) + offs, mask=mask, other=0.0).to(tl.float32)
-        values = _codes(words, slot, TILING.value_bits) * scale + minimum
+        values = exact_codes(words, slot, TILING.value_bits) * scale + minimum
         new_outputs += (dot(values.to(TILING.packed_dtype), weights, outputs[slot]),)
     return new_outputs
-
-
-@triton.jit
-def _dot_codes(words, weights, accumulator, SLOT: tl.constexpr, BITS: tl.constexpr, TILING: tl.constexpr):
-    """accumulator + codes of a slot · weights, short of `_codes_factor`.
-
-    Two words share a register on the GPU (`pack=2`): an fp16 code costs half an instruction.
-    """
-    SHIFT: tl.constexpr = 0 if (SLOT + 1) * BITS <= 10 else 6
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (SLOT * BITS - SHIFT)
-    if TILING.packed_dtype == tl.float32:
-        codes = _codes(words, SLOT, BITS)
-    elif TILING.is_interpreted:
-        codes = ((words >> SHIFT) & MASK).to(tl.int16).to(tl.float16, bitcast=True)
-    else:
-        if SHIFT:
-            words = tl.inline_asm_elementwise(
-                f"shr.b32 $0, $1, {SHIFT};", "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
-            )
-        codes = tl.inline_asm_elementwise(
-            f"and.b32 $0, $1, {MASK | MASK << 16};", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-        )
-    return dot(codes, weights, accumulator)
-
-
-@triton.jit
-def _codes_factor(SLOT: tl.constexpr, BITS: tl.constexpr, TILING: tl.constexpr):
-    """What the products of `_dot_codes` must be multiplied by."""
-    SHIFT: tl.constexpr = 0 if (SLOT + 1) * BITS <= 10 else 6
-    return 1.0 if TILING.packed_dtype == tl.float32 else 1.0 * (1 << (24 + SHIFT - SLOT * BITS))
-
-
-@triton.jit
-def _codes(words, SLOT: tl.constexpr, BITS: tl.constexpr):
-    """The codes of a slot as fp32."""
-    return ((words >> (SLOT * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
-
-
-@triton.jit
-def _scaled(rows, scale, TILING: tl.constexpr):
-    """rows `[R, N]` * scale `[R]`. Left to itself the compiler multiplies fp16 one by one, not by two."""
-    scale = scale.to(TILING.packed_dtype)[:, None]
-    if TILING.is_interpreted or TILING.packed_dtype == tl.float32:
-        scaled = rows * scale
-    else:
-        scaled = tl.inline_asm_elementwise(
-            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [rows, scale], dtype=tl.float16, is_pure=True, pack=2
-        )
-    return scaled
-
-
-@triton.jit
-def _pinned(scale, TILING: tl.constexpr):
-    """scale itself, made opaque (`is_pure=False`): to bring it and the weights into one layout the compiler
-    then moves these few numbers instead of their products with all weights."""
-    if not TILING.is_interpreted and TILING.packed_dtype == tl.float16:
-        scale = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [scale], dtype=tl.float16, is_pure=False, pack=2)
-    return scale
 
 
 @triton.jit
@@ -333,53 +336,3 @@ def _down(page, TILING: tl.constexpr):
 def _across(page, TILING: tl.constexpr):
     """One page for a whole tile as it is, or a page for each token as a row."""
     return page if TILING.is_tile_in_page else page[None, :]
-
-
-@triton.jit
-def _row(block, row):
-    """Row `row` of a block `[R, N]`, as `[1, N]`."""
-    return tl.gather(block, tl.full((1, block.shape[1]), 0, tl.int32) + row, axis=0)
-
-
-@triton.jit
-def _stack(blocks, NUM: tl.constexpr):
-    """A tuple of NUM blocks `[R, N]` (NUM a power of two) as one block `[NUM * R, N]`."""
-    if NUM == 1:
-        stacked = blocks[0]
-    else:
-        pairs = ()
-        for i in tl.static_range(NUM // 2):
-            pair = tl.permute(tl.join(blocks[2 * i], blocks[2 * i + 1]), (2, 0, 1))
-            pairs += (tl.reshape(pair, (2 * pair.shape[1], pair.shape[2])),)
-        stacked = _stack(pairs, NUM // 2)
-    return stacked
-
-
-@triton.jit
-def _columns(flat, NUM: tl.constexpr):
-    """A row-major `[R, NUM]` block, given flat, as a tuple of NUM columns `[R]` (NUM a power of two).
-
-    The scales of a page are loaded in one piece and parted in registers: column by column they would be
-    2-byte loads that no asynchronous copy can make.
-    """
-    columns = ()
-    if NUM == 1:
-        columns += (flat,)
-    else:
-        even, odd = tl.split(tl.reshape(flat, (flat.shape[0] // 2, 2)))
-        evens = _columns(even, NUM // 2)
-        odds = _columns(odd, NUM // 2)
-        for i in tl.static_range(NUM // 2):
-            columns += (evens[i], odds[i])
-    return columns
-
-
-@triton.jit
-def _spread_rows(block, NUM: tl.constexpr):
-    """`[R, NUM]` as `[16, R]`, column i in row i * 16 / NUM and zeros between (NUM a power of two)."""
-    if NUM == 16:
-        rows = tl.trans(block)
-    else:
-        block = tl.join(block, tl.zeros_like(block))
-        rows = _spread_rows(tl.reshape(block, (block.shape[0], 2 * NUM)), 2 * NUM)
-    return rows

@@ -17,7 +17,8 @@ from kvlens.kernels.split_k import DOT_ROWS, num_splits_of, padded, product_dtyp
 from kvlens.kernels.tuning import PackedConfiguration, Shape, configuration_of
 
 SPLITS = (1, 2, 4, 8, 16)  # groups of a page or token that are parted in registers
-
+MOST_CHANNELS = 128  # of keys that are multiplied at a time: registers hold their words
+MOST_SUMS = 1.5  # for each product of values, where channels of one lie in several groups
 
 INTERPRETED = PackedConfiguration(num_stages=1, programs=1, exact_tokens=64)
 
@@ -51,20 +52,26 @@ class Tiling:
     tile_tokens: int
     is_tile_in_page: bool
     folds_keys: bool  # each run of a tile lies in one group of tokens of one page
-    folds_values: bool  # each slot of a token lies in one group of channels
+    folds_values: bool  # the channels of most products lie in one group
+    key_chunks: int  # of `key_channels` channels each, the subject of a product with all its tokens
+    key_channels: int
+    # Products of values: `value_rows` channels of a slot, which is one or more such blocks of them
+    value_rows: int
+    value_blocks: int
+    value_sums: tuple[tuple[int, int], ...]  # (which rows, which group): one for each group that the rows lie in
+    num_value_sums: int
     splits_key_scales: bool  # a tile's scales and minima are loaded in one piece, then parted by group
     splits_value_scales: bool
+    value_scale_columns: int  # that a tile's scales are parted into, more than groups where those are no power of two
     key_minima_step: int  # the minima of group g meet the tensor cores in row g * step
     value_minima_step: int
     # Masks that are not known to hold
     masks_channels: bool
-    masks_key_words: bool
-    masks_value_words: bool
     # Blocks: sizes padded for the tensor cores
     block_d: int
     block_heads: int
     block_key_groups: int
-    block_value_words: int
+    block_value_rows: int
     block_value_groups: int
     # Programs
     head_blocks: int
@@ -153,9 +160,14 @@ def _plan(
     is_tile_in_page = key_words % tile_words == 0
     is_run_in_group = group_size % tile_words == 0 and 0 in (group_size % key_words, key_words % group_size)
     folds_keys = is_tile_in_page and is_run_in_group
-    folds_values = layout.value_group_size % value_words == 0
+    key_channels = _largest_chunk(head_dim) if folds_keys else padded(head_dim)
+    value_rows, value_sums = _products_of_values(head_dim, value_words, layout.value_group_size)
+    folds_values = len(value_sums) <= MOST_SUMS * head_dim // value_rows
+    if not folds_values:
+        value_rows, value_sums = value_words, tuple((slot, 0) for slot in range(value_slots))
+    value_scale_columns = triton.next_power_of_2(value_groups)
     splits_key_scales = folds_keys and group_size % key_words == 0 and key_groups in SPLITS
-    splits_value_scales = folds_values and is_tile_in_page and value_groups in SPLITS
+    splits_value_scales = folds_values and is_tile_in_page and value_scale_columns in SPLITS
 
     num_sinks, key_ring, value_ring = capacities
     num_exact_parts = triton.cdiv(num_sinks + max(key_ring, value_ring), configuration.exact_tokens)
@@ -185,17 +197,22 @@ def _plan(
         is_tile_in_page=is_tile_in_page,
         folds_keys=folds_keys,
         folds_values=folds_values,
+        key_chunks=triton.cdiv(head_dim, key_channels),
+        key_channels=key_channels,
+        value_rows=value_rows,
+        value_blocks=value_words // value_rows,
+        value_sums=value_sums,
+        num_value_sums=len(value_sums),
         splits_key_scales=splits_key_scales,
         splits_value_scales=splits_value_scales,
+        value_scale_columns=value_scale_columns,
         key_minima_step=DOT_ROWS // key_groups if splits_key_scales else 1,
-        value_minima_step=DOT_ROWS // value_groups if splits_value_scales else 1,
-        masks_channels=padded(head_dim) != head_dim,
-        masks_key_words=padded(head_dim) != head_dim or not is_tile_in_page,
-        masks_value_words=padded(value_words) != value_words or not is_tile_in_page,
+        value_minima_step=DOT_ROWS // value_scale_columns if splits_value_scales else 1,
+        masks_channels=head_dim % key_channels != 0,
         block_d=padded(head_dim),
         block_heads=block_heads,
         block_key_groups=padded(key_groups),
-        block_value_words=padded(value_words),
+        block_value_rows=padded(value_rows),
         block_value_groups=padded(value_groups),
         head_blocks=head_blocks,
         num_exact_parts=num_exact_parts,
@@ -208,3 +225,28 @@ def _plan(
         is_interpreted=triton.knobs.runtime.interpret,
     )
     return Plan(tiling, num_splits)
+
+
+def _largest_chunk(head_dim: int) -> int:
+    """The channels of one product of keys: as many as divide the head, so that none is a padding."""
+    chunk = MOST_CHANNELS
+    while head_dim % chunk != 0:
+        chunk //= 2
+    return chunk if chunk >= DOT_ROWS else padded(head_dim)
+
+
+def _products_of_values(head_dim: int, words: int, group_size: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Rows of one product of values, and the groups in which the channels of each lie, as (product, group).
+
+    The `words` of a slot may span groups: they are halved for as long as that helps and a tensor core is filled.
+    """
+    rows = words
+    while rows > group_size and rows % (2 * DOT_ROWS) == 0:
+        rows //= 2
+    groups = range(head_dim // group_size)
+    return rows, tuple(
+        (product, group)
+        for product in range(head_dim // rows)
+        for group in groups
+        if product * rows < (group + 1) * group_size and group * group_size < (product + 1) * rows
+    )

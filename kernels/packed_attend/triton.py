@@ -17,8 +17,9 @@ Tiles
 Folding (KIVI's stored form is code * scale + minimum)
     scores: sum_d (q_d s_d) code_d + q·minimum, with q s formed once for a group of tokens;
     output: sum_t (p_t s_t) code_t + sum_t p_t minimum_t, with p s formed once for a group of channels.
-    So a code meets no arithmetic before the product. Where a run spans several groups (pages of 32 tokens,
-    values of 8 channels a group) the tile is restored first: right for every layout, but slower.
+    So a code meets no arithmetic before the product. Values whose channels lie in two groups (heads of 96) are
+    summed once for each, and every channel keeps the sum of its own. Where a run spans more groups (pages of 32
+    tokens, values of 8 channels a group) the tile is restored first: right for every layout, but slower.
 
 Codes as fp16 without conversion
     The bits of a small integer, read as fp16, are the subnormal number code * 2^(place - 24): masking a
@@ -27,7 +28,8 @@ Codes as fp16 without conversion
     inputs as they are (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Source of the trick:
     xformers' split-k attention, which still multiplies every code by 2^24.
 
-Files: `tiling.py` fixes the sizes, `packed_part.py` and `exact_part.py` hold the two kinds of part.
+Files: `tiling.py` fixes the sizes, `packed_part.py` and `exact_part.py` hold the two kinds of part, `registers.py`
+what the first does with codes and scales once they are loaded.
 Limits: rows of codes, scales and tokens must be contiguous (they are copied if not). For half-precision
 queries q * scale and p * scale must fit fp16, as they do where keys and values do. This module does not know
 how pages are filled or chosen.
@@ -48,6 +50,24 @@ from kvlens.kernels.tuning import PackedConfiguration
 
 
 @triton.jit
+def _place(TILING: tl.constexpr):
+    """Of this program: sequence, key/value head, and `[N]` which of its columns are heads and which of the query's."""
+    head_block = tl.program_id(0) % TILING.head_blocks
+    head = (tl.program_id(0) // TILING.head_blocks % TILING.num_kv_heads).to(tl.int64)
+    row = (tl.program_id(0) // (TILING.head_blocks * TILING.num_kv_heads)).to(tl.int64)
+    offs_n = head_block * TILING.block_heads + tl.arange(0, TILING.block_heads)
+    return row, head, offs_n < TILING.heads_per_kv, head * TILING.heads_per_kv + offs_n
+
+
+@triton.jit
+def _part_head(TILING: tl.constexpr):
+    """Which part of which head `[N]` this program is. Asked again in the end: kept, it would take registers."""
+    row, _, mask_n, query_head = _place(TILING)
+    part = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * tl.num_programs(1) + tl.program_id(1)
+    return part, mask_n
+
+
+@triton.jit
 def _attend_kernel(
     query_ptr, scaling, page_table_ptr, num_keys_ptr, num_values_ptr, length_ptr,
     key_codes_ptr, key_scale_ptr, key_minimum_ptr, value_codes_ptr, value_scale_ptr, value_minimum_ptr,
@@ -61,14 +81,8 @@ def _attend_kernel(
     TILING: tl.constexpr,
 ):  # fmt: skip
     """One part of the attention of the query heads that share a key/value head."""
-    head_block = tl.program_id(0) % TILING.head_blocks
-    head = (tl.program_id(0) // TILING.head_blocks % TILING.num_kv_heads).to(tl.int64)
-    row = (tl.program_id(0) // (TILING.head_blocks * TILING.num_kv_heads)).to(tl.int64)
+    row, head, mask_n, query_head = _place(TILING)
     part = tl.program_id(1)
-
-    offs_n = head_block * TILING.block_heads + tl.arange(0, TILING.block_heads)
-    mask_n = offs_n < TILING.heads_per_kv
-    query_head = head * TILING.heads_per_kv + offs_n
     query_ptr = query_ptr + row * stride_query_row + query_head * stride_query_head
     num_keys = tl.load(num_keys_ptr + row)
     num_values = tl.load(num_values_ptr + row)
@@ -79,9 +93,6 @@ def _attend_kernel(
     value_codes_ptr += head * stride_value_codes_head
     value_scale_ptr += head * stride_value_scale_head
     value_minimum_ptr += head * stride_value_scale_head
-    part_head = (row * TILING.num_kv_heads * TILING.heads_per_kv + query_head) * tl.num_programs(1) + part
-    part_output_ptr = part_output_ptr + part_head * TILING.head_dim
-    part_log_sum_exp_ptr = part_log_sum_exp_ptr + part_head
 
     if part < TILING.num_exact_parts:
         maximum, total, chunks = attend_exact(
@@ -98,21 +109,23 @@ def _attend_kernel(
             sink_values_ptr + row * stride_sink_value_row + head * stride_sink_value_head,
             stride_key_token, stride_value_token, stride_sink_key_token, stride_sink_value_token, TILING,
         )  # fmt: skip
+        part_head, mask_n = _part_head(TILING)
         store_part(
-            part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, chunks,
-            TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING.head_dim,
+            part_output_ptr + part_head * TILING.head_dim, part_log_sum_exp_ptr + part_head, mask_n,
+            maximum, total, chunks, TILING.block_d // TILING.exact_channels, TILING.exact_channels, TILING.head_dim,
         )  # fmt: skip
     else:
-        maximum, total, slots = attend_packed(
+        maximum, total, products = attend_packed(
             query_ptr, mask_n, scaling, tl.minimum(num_keys, num_values), part - TILING.num_exact_parts,
             page_table_ptr,
             key_codes_ptr, key_scale_ptr, key_minimum_ptr, stride_key_codes_page, stride_key_scale_page,
             value_codes_ptr, value_scale_ptr, value_minimum_ptr,
             stride_value_codes_page, stride_value_scale_page, TILING,
         )  # fmt: skip
+        part_head, mask_n = _part_head(TILING)
         store_part(
-            part_output_ptr, part_log_sum_exp_ptr, mask_n, maximum, total, slots,
-            TILING.value_slots, TILING.value_words, TILING.head_dim,
+            part_output_ptr + part_head * TILING.head_dim, part_log_sum_exp_ptr + part_head, mask_n,
+            maximum, total, products, TILING.head_dim // TILING.value_rows, TILING.value_rows, TILING.head_dim,
         )  # fmt: skip
 
 
