@@ -13,7 +13,7 @@ or as codes, unless a row says otherwise: merging reads parts, tables and output
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
@@ -37,7 +37,7 @@ from kvlens.kernels.sparse_attend import triton as sparse_attend
 
 ARCHS = (80, 90, 120)
 CPU = torch.device("cpu")
-KIVI = {bits: KiviConfig(key_bits=bits, value_bits=bits) for bits in (2, 4)}
+KIVI = tuple(KiviConfig(key_bits=bits, value_bits=bits) for bits in (2, 4))
 CSR = {"compact": CsrConfig(), "look-up": CsrConfig(keys="after RoPE", is_centred=False)}
 PURSUITS = {
     "MP": {"distinct": False, "refit": False, "orthogonal": False},
@@ -53,7 +53,7 @@ def case_of(head_dim: int = 128, num_kv_heads: int = 32, dtype: torch.dtype = to
 
 
 CASES = tuple(case_of(head_dim, num_kv_heads) for head_dim in (128, 64, 96, 256) for num_kv_heads in (32, 8))
-PACKED = (*product(KIVI, CASES), *product(KIVI, (replace(CASES[1], model="32/8x128 bfloat16", dtype=torch.bfloat16),)))
+PACKED = (*product(KIVI, CASES), *product(KIVI, (case_of(num_kv_heads=8, dtype=torch.bfloat16),)))
 
 
 @dataclass(frozen=True)
@@ -99,25 +99,25 @@ def count(subject: Subject, arch: int) -> tuple[Row, MachineCode]:
 
 def subjects(arch: int) -> Iterator[Subject]:
     """Every kernel on the shapes that matter."""
-    for bits, case in PACKED:
-        yield packed(bits, case, arch)
+    for config, case in PACKED:
+        yield packed(config, case, arch)
     for case in CASES:
         yield from dense(case, arch)
     for mode, case in product(CSR, CASES[:4]):
         yield from sparse(mode, case, arch)
-    for bits in KIVI:
-        yield from quantizing(bits)
-        yield appending(bits)
+    for config in KIVI:
+        yield from quantizing(config.key_bits)
+        yield appending(config)
     for mode in PURSUITS:
         yield from pursuing(mode, arch)
     yield restoring()
 
 
-def packed(bits: int, case: Case, arch: int) -> Subject:
-    (layer,) = layers.kivi_layers(case, KIVI[bits], 1, CPU)
+def packed(config: KiviConfig, case: Case, arch: int) -> Subject:
+    (layer,) = layers.kivi_layers(case, config, 1, CPU)
     _, (attend, _) = packed_attend.prepare(*layer, scaling=case.scaling, arch=arch)
     num_values = 2 * attend.arguments["TILING"].tile_tokens * case.shape.head_dim
-    return Subject("packed_attend", f"KIVI-{bits} {case.model}", attend, num_values)
+    return Subject("packed_attend", f"KIVI-{config.key_bits} {case.model}", attend, num_values)
 
 
 def dense(case: Case, arch: int) -> Iterator[Subject]:
@@ -155,14 +155,14 @@ def quantizing(bits: int) -> Iterator[Subject]:
         yield Subject("quantize_pack", f"{side}, {bits} bit", launch, num_values, None)
 
 
-def appending(bits: int) -> Subject:
+def appending(config: KiviConfig) -> Subject:
     """The step in which a block of keys and one token's values fall due."""
-    ((_, past, exact),) = layers.kivi_layers(case_of(), KIVI[bits], 1, CPU)
+    ((_, past, exact),) = layers.kivi_layers(case_of(), config, 1, CPU)
     token = exact.keys[:, :, 0]
-    (launch,) = append_pack.prepare(token, token, exact, KIVI[bits].flush_rule, past)
+    (launch,) = append_pack.prepare(token, token, exact, config.flush_rule, past)
     blocks = launch.arguments["BLOCKS"]
     num_values = sum(side.block_rows * side.row.length for side in (blocks.keys, blocks.values))
-    return Subject("append_pack", f"KIVI-{bits} {case_of().model}", launch, num_values, None)
+    return Subject("append_pack", f"KIVI-{config.key_bits} {case_of().model}", launch, num_values, None)
 
 
 def pursuing(mode: str, arch: int) -> Iterator[Subject]:

@@ -28,6 +28,7 @@ from triton_checks import (
     check_quantize,
     check_sparse,
     compare_attend,
+    shipped_cases,
     triton_cases,
     triton_sparse_cases,
 )
@@ -66,6 +67,11 @@ def test_packed_attend(case):
     ids=lambda case: f"{case.name}-{str(case.dtype)[6:]}",
 )
 def test_packed_attend_in_other_dtypes(case):
+    check_attend(case, "cuda")
+
+
+@pytest.mark.parametrize("case", shipped_cases(), ids=lambda case: case.name)
+def test_packed_attend_of_shipped_formats(case):
     check_attend(case, "cuda")
 
 

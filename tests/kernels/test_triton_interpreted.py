@@ -39,6 +39,7 @@ else:
         check_dense,
         check_quantize,
         check_sparse,
+        shipped_cases,
         triton_cases,
         triton_sparse_cases,
     )
@@ -56,6 +57,10 @@ else:
 
     @pytest.mark.parametrize("case", [case for case in triton_cases() if case.name not in LEFT_OUT], ids=name)
     def test_packed_attend(case):
+        check_attend(case, "cpu")
+
+    @pytest.mark.parametrize("case", shipped_cases(), ids=name)
+    def test_packed_attend_of_shipped_formats(case):
         check_attend(case, "cpu")
 
     def test_packed_attend_of_any_layout():

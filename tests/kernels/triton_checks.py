@@ -4,6 +4,8 @@ Functions here are called by `test_triton_interpreted.py` and `test_gpu.py`, whi
 """
 
 from dataclasses import replace
+from itertools import product
+from math import gcd
 
 import torch
 from append_checks import Step
@@ -45,6 +47,19 @@ def triton_cases() -> list[AttendCase]:
         else case
         for case in attend_cases()
     ]
+
+
+def shipped_cases() -> list[AttendCase]:
+    """What KIVI's settings ask for, each on a ragged batch of grouped heads, half of them with sinks."""
+    formats = product((64, 96, 128, 256), (32, 64, 128), (2, 4), (torch.float16, torch.bfloat16))
+    return [
+        AttendCase(
+            f"dim{dim}_group{group}_bits{bits}_{str(dtype)[6:]}", (171, 3), (128, 0), (140, 0), num_query_heads=2,
+            num_kv_heads=1, head_dim=dim, key_bits=bits, value_bits=bits, key_group_size=group,
+            value_group_size=gcd(group, dim), num_sinks=4 * ((number + number // 2) % 2), dtype=dtype,
+        )
+        for number, (dim, group, bits, dtype) in enumerate(formats)
+    ]  # fmt: skip
 
 
 def check_attend(case: AttendCase, device: str) -> None:
