@@ -101,21 +101,22 @@ def test_compiling_tells_spills_and_shared_memory(operation):
 
 
 def test_what_does_not_fit_is_told_with_its_reason():
-    assert Verdict(16, 0).objection(90) == "spills 16 bytes"
+    assert Verdict(16, 0).objection(90) is None
+    assert Verdict(256, 0).objection(90) == "spills 256 bytes"
     assert Verdict(0, 200 * 1024).objection(90) is None
     assert Verdict(0, 200 * 1024).objection(120) == f"needs {200 * 1024} of {99 * 1024} bytes of shared memory"
 
 
 def test_what_spills_or_breaks_the_compiler_is_not_raced(compiles, clock, capsys):
     search = SEARCHES["packed_attend"].variants(DEFAULTS["packed_attend"])
-    compiles[search[1]] = Verdict(24, 0)
+    compiles[search[1]] = Verdict(256, 0)
     compiles[search[2]] = ValueError("no such instruction")
     best_of("packed_attend")
     raced = {configuration for walks in clock.raced for configuration in walks}
     assert search[0] in raced
     assert not {search[1], search[2]} & raced
     told = capsys.readouterr().out
-    assert f"{search[1]} spills 24 bytes" in told
+    assert f"{search[1]} spills 256 bytes" in told
     assert f"{search[2]} no such instruction" in told
 
 
