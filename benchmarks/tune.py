@@ -46,7 +46,7 @@ from kvlens.kernels.tuning import Configuration, Shape, Tuned
 TOKENS = {32: 4096, 1: 32768, 8: 8192}
 """How long the sequences of a batch are."""
 
-MOST_SPILLED = 128
+MOST_SPILLED = 192
 """Bytes of registers that may wait in memory while a loop runs, as they do for heads of 256 channels."""
 
 LEAST_GAIN = 1.01

@@ -61,15 +61,18 @@ Configuration = PackedConfiguration | DenseConfiguration | SparseConfiguration
 
 # The least compute capability that a line is for, bits of the keys and head dim (None: any); the first that fits is
 # taken.
-# Packed: three stages are page number, copies, products; more would double the 20 KiB of shared memory. Registers allow
-# 8 programs; shared memory 7 on 80 and 4 where a multiprocessor has 100 KiB (86, 89, 120).
+# Packed: three stages are page number, copies, products; more would double the 20 KiB of shared memory (34 for heads of
+# 256). Registers allow 8 programs; shared memory 7 on 80 and 4 where a multiprocessor has 100 KiB (86, 89, 120).
 # Dense: two buffers for a tile of keys and of values are 33 to 41 KiB a program.
 DEFAULTS: dict[str, tuple[tuple[tuple[int, int | None, int | None], Configuration], ...]] = {
     "packed_attend": (
+        ((120, None, 256), PackedConfiguration(num_stages=3, programs=2)),
         ((120, None, None), PackedConfiguration(num_stages=3, programs=4)),
-        ((90, 4, 64), PackedConfiguration(num_stages=2, programs=8)),  # a third stage spills 16 bytes in bf16
+        ((90, None, 256), PackedConfiguration(num_stages=3, programs=6)),
         ((90, None, None), PackedConfiguration(num_stages=3, programs=8)),
+        ((81, None, 256), PackedConfiguration(num_stages=3, programs=2)),
         ((81, None, None), PackedConfiguration(num_stages=3, programs=4)),
+        ((80, None, 256), PackedConfiguration(num_stages=3, programs=4)),
         ((80, None, None), PackedConfiguration(num_stages=3, programs=7)),
     ),
     "dense_attend": (
