@@ -70,7 +70,7 @@ def test_packed_attend_in_other_dtypes(case):
     check_attend(case, "cuda")
 
 
-@pytest.mark.parametrize("case", shipped_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", shipped_cases()[::5], ids=lambda case: case.name)  # each compiles a kernel
 def test_packed_attend_of_shipped_formats(case):
     check_attend(case, "cuda")
 
