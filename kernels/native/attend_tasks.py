@@ -1,7 +1,7 @@
 """A cache's step as tasks of a native program: append a token, attend to everything, pack what is due.
 
 The first task is short and runs alone: it writes the fresh keys and values into the rings and shares out the
-attention. The last one quantizes values that have left the exact window, row by row.
+attention. The last one quantizes values that have left the exact window, row by row, beside whatever comes next.
 """
 
 import ctypes
@@ -116,5 +116,5 @@ def step_tasks(attend: AttendArguments, arguments: StepArguments, *, element: in
         Task(jit.kernel(attend_kernel).address, attend, num_items, kept=kept),
     ]
     if arguments.due_values:
-        tasks.append(Task(jit.kernel(pack_values_kernel).address, arguments, kept=kept))
+        tasks.append(Task(jit.kernel(pack_values_kernel).address, arguments, is_aside=True, kept=kept))
     return tasks

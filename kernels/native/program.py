@@ -56,13 +56,15 @@ class Task:
     """`kernel(arguments, item, thread)` for every item.
 
     `arguments` is a ctypes structure and `kernel` an address. `num_items` is a number, or the ctypes number that
-    an earlier task sets. `kept` is what must live as long as the task.
+    an earlier task sets. What `is_aside` is not for the next task, which begins with it instead of after it. `kept` is
+    what must live as long as the task.
     """
 
     kernel: int
     arguments: ctypes.Structure
     num_items: int | ctypes.c_int64 = 1
     waits: bool = True
+    is_aside: bool = False
     kept: Any = None
 
 
@@ -148,15 +150,16 @@ class Program:
         self._kept = list(tasks)
         block = (ctypes.c_char * (_TASK_BYTES * len(tasks) + _CACHE_LINE))()
         start = -(-ctypes.addressof(block) // _CACHE_LINE) * _CACHE_LINE
-        first = -1
+        first, is_beside = -1, True
         for index, task in enumerate(tasks):
             place = TaskArguments.from_address(start + index * _TASK_BYTES)
             counter = ctypes.c_int64(task.num_items) if isinstance(task.num_items, int) else task.num_items
             place.kernel, place.arguments = task.kernel, ctypes.addressof(task.arguments)
             place.num_items = ctypes.addressof(counter)
             place.first_awaited = -1
-            if task.waits and index:
+            if task.waits and not is_beside:
                 place.first_awaited, first = max(first, 0), index
+            is_beside = task.is_aside
             self._kept.append(counter)
         self._arguments = ProgramArguments(
             tasks=start,

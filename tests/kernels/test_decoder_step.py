@@ -112,6 +112,30 @@ def test_a_waiting_task_sees_all_that_was_before_it(num_threads):
         assert (counters.seen, counters.total) == (5050 + 55, 5050 + 55 + 6)
 
 
+def patient_kernel(source):
+    """Waits, but not for ever, until somebody has counted; then keeps what was counted."""
+
+    def wait(arguments, item, thread):
+        depends_on(source)
+        spins = 0
+        while atomic_add(arguments, 0) == 0 and spins < 10**8:
+            spins += 1
+        write_int64(arguments + 8, atomic_add(arguments, 0))
+
+    return wait
+
+
+def test_a_task_aside_does_not_hold_up_the_next_one_but_the_one_after():
+    counters = Counters()
+    wait, count, announce = (jit.kernel(each).address for each in (patient_kernel, counting_kernel, announcing_kernel))
+    aside = Task(wait, counters, is_aside=True)
+    Program([aside, Task(count, counters)], 2).run()
+    assert (counters.total, counters.seen) == (1, 1)
+    counters.total = counters.seen = 0
+    Program([aside, Task(count, counters), Task(announce, counters), Task(count, counters)], 2).run()
+    assert (counters.total, counters.seen) == (2, 1)
+
+
 def test_who_watches_hears_of_kernels_that_are_compiled_and_not_of_those_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     heard = []
