@@ -175,16 +175,10 @@ class KiviCache(PagedCache):
             codes = quantize_pack(rows, bits=layout.key_bits, group_size=layout.key_group_size)
             self._packed("key")[pages[first : first + len(rows)]] = codes
             return
-        codes, store = (
-            quantize_pack(tokens, bits=layout.value_bits, group_size=layout.value_group_size),
-            self._packed("value"),
-        )
-        done = 0
-        while done < tokens.shape[1]:
-            page, slot = divmod(packed + done, layout.page_tokens)
-            room = min(tokens.shape[1] - done, layout.page_tokens - slot)
-            store[pages[page], :, slot : slot + room] = codes[:, done : done + room]
-            done += room
+        codes = quantize_pack(tokens.transpose(0, 1), bits=layout.value_bits, group_size=layout.value_group_size)
+        place = torch.arange(packed, packed + tokens.shape[1])
+        page = torch.tensor(pages)[place // layout.page_tokens]
+        self._packed("value")[page.to(self.device), :, (place % layout.page_tokens).to(self.device)] = codes
 
     def _attend_pages(self, layer: int, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
         return packed_attend(query, *self._stored(layer), scaling=scaling).output
