@@ -3,12 +3,14 @@
     python -m benchmarks.decode [--model NAME] [--contexts 256 1024 4096]
 
 Cells are filled, stepped and read as in the page's throughput lab (`engine/throughput.py`). All of them are
-measured in several rounds, so that a busy moment of the machine hits none alone; the median counts. A context is
-its length after the last step; bytes are live bytes of the cache.
+measured in several rounds, each right after the dense lane, with which it is compared: a processor changes its pace
+from minute to minute. Medians count. A context is its length after the last step; bytes are live bytes of the cache.
 """
 
 import argparse
 import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks import report, rivals
@@ -16,14 +18,14 @@ from kvlens.engine import throughput
 from kvlens.engine.bench import Candidate, NetworkBench
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
-from kvlens.engine.throughput import plan_cells
+from kvlens.engine.throughput import CellResult, plan_cells
 
-ROUNDS = 3
+ROUNDS = 9
 
 
 @dataclass(frozen=True)
 class Row:
-    """Median step at a context. Units: milliseconds; `ratio` is dense time over this one's."""
+    """Median step at a context. Units: milliseconds; `ratio` is the median of dense time over this one's."""
 
     method: str
     context_tokens: int
@@ -35,28 +37,38 @@ class Row:
 
 def measure(model: LoadedModel, context: int) -> list[Row]:
     """All methods at one context."""
-    candidates = [
+    dense, *others = (
         Candidate(preset, entry.name, config)
         for entry in available().values()
         for preset, config in entry.presets.items()
-    ]
-    cells = plan_cells(candidates, [context], [1])
-    found: dict[str, list[tuple[float, int]]] = {}
+    )
+    bench, dense_steps, found = NetworkBench(model), [], defaultdict(list)
+
+    def cell(candidate: Candidate) -> CellResult:
+        *_, progress = throughput.measure(bench, plan_cells([candidate], [context], [1]))
+        return progress.results[0]
+
     for number in range(ROUNDS):
-        *_, progress = throughput.measure(NetworkBench(model), cells)
-        for result in progress.results:
-            if result.status == "measured":
-                found.setdefault(result.label, []).append((result.step_ms, result.kv_bytes))
-            elif number == 0:
-                print(f"{result.label} is left out: {result.note}")
-        for rival in rivals.available():
-            found.setdefault(rival.name, []).append(rivals.measure(rival, model, context))
-    medians = {name: statistics.median(step_ms for step_ms, _ in rounds) for name, rounds in found.items()}
-    dense = next(iter(medians.values()))
-    return [
-        Row(name, context, median, 1000 / median, dense / median, found[name][0][1] / 1e6)
-        for name, median in medians.items()
-    ]
+        for other in [*others, *rivals.available()]:
+            dense_cell = cell(dense)
+            if isinstance(other, Candidate):
+                result = cell(other)
+                if result.status != "measured":
+                    if number == 0:
+                        print(f"{other.label} is left out: {result.note}")
+                    continue
+                name, step_ms, kv_bytes = other.label, result.step_ms, result.kv_bytes
+            else:
+                name, (step_ms, kv_bytes) = other.name, rivals.measure(other, model, context)
+            dense_steps.append(dense_cell.step_ms)
+            found[name].append((step_ms, dense_cell.step_ms / step_ms, kv_bytes))
+    found = {dense.label: [(step_ms, 1.0, dense_cell.kv_bytes) for step_ms in dense_steps], **found}
+    return [_row(name, context, *zip(*measured, strict=True)) for name, measured in found.items()]
+
+
+def _row(name: str, context: int, steps: Sequence[float], ratios: Sequence[float], kv_bytes: Sequence[int]) -> Row:
+    step_ms = statistics.median(steps)
+    return Row(name, context, step_ms, 1000 / step_ms, statistics.median(ratios), kv_bytes[0] / 1e6)
 
 
 def main() -> None:
