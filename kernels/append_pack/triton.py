@@ -130,7 +130,8 @@ def _load_keys(source, places, mask):
     """Rows are channels, and values the tokens from `first` on."""
     window, first, channels = source[0], source[1], source[2]
     BLOCKS: tl.constexpr = source[3]
-    return _load_exact(window, first + places[None, :], channels[:, None], mask, BLOCKS.keys, BLOCKS.head_dim)
+    SIDE: tl.constexpr = BLOCKS.keys
+    return _load_exact(window, first + places[None, :], channels[:, None], mask, SIDE, BLOCKS.head_dim)
 
 
 @triton.jit
@@ -138,7 +139,8 @@ def _load_values(source, places, mask):
     """Rows are tokens, and values their channels."""
     window, tokens = source[0], source[1]
     BLOCKS: tl.constexpr = source[2]
-    return _load_exact(window, tokens[:, None], places[None, :], mask, BLOCKS.values, BLOCKS.head_dim)
+    SIDE: tl.constexpr = BLOCKS.values
+    return _load_exact(window, tokens[:, None], places[None, :], mask, SIDE, BLOCKS.head_dim)
 
 
 @triton.jit
@@ -154,6 +156,7 @@ def _window_of(side, row, head, newest):
 def _pack_keys(keys, page_table_ptr, stride_page, window, head, first, block, BLOCKS: tl.constexpr):
     """A few channels of one page, of the pages that begin with packed token `first`."""
     CHANNEL_BLOCKS: tl.constexpr = BLOCKS.keys.num_blocks * BLOCKS.page_tokens // BLOCKS.keys.flush
+    ROW: tl.constexpr = BLOCKS.keys.row
     first += block // CHANNEL_BLOCKS * BLOCKS.page_tokens
     channels = block % CHANNEL_BLOCKS * BLOCKS.keys.block_rows + tl.arange(0, BLOCKS.keys.block_rows)
     page = tl.load(page_table_ptr + first // BLOCKS.page_tokens * stride_page)
@@ -161,13 +164,14 @@ def _pack_keys(keys, page_table_ptr, stride_page, window, head, first, block, BL
         _load_keys, (window, BLOCKS.num_sinks + first, channels, BLOCKS), channels < BLOCKS.head_dim,
         _rows_of(keys.codes, page, head) + channels * keys.codes.stride_2,
         _rows_of(keys.scale, page, head) + channels * keys.scale.stride_2,
-        _rows_of(keys.minimum, page, head) + channels * keys.minimum.stride_2, BLOCKS.keys.row,
+        _rows_of(keys.minimum, page, head) + channels * keys.minimum.stride_2, ROW,
     )  # fmt: skip
 
 
 @triton.jit
 def _pack_values(values, page_table_ptr, stride_page, window, head, first, block, BLOCKS: tl.constexpr):
     """A few tokens of those from packed token `first` on, which may lie on two pages."""
+    ROW: tl.constexpr = BLOCKS.values.row
     offs_t = block * BLOCKS.values.block_rows + tl.arange(0, BLOCKS.values.block_rows)
     mask = offs_t < BLOCKS.values.flush
     tokens = first + offs_t
@@ -177,7 +181,7 @@ def _pack_values(values, page_table_ptr, stride_page, window, head, first, block
         _load_values, (window, BLOCKS.num_sinks + tokens, BLOCKS), mask,
         _rows_of(values.codes, page, head) + slots * values.codes.stride_2,
         _rows_of(values.scale, page, head) + slots * values.scale.stride_2,
-        _rows_of(values.minimum, page, head) + slots * values.minimum.stride_2, BLOCKS.values.row,
+        _rows_of(values.minimum, page, head) + slots * values.minimum.stride_2, ROW,
     )  # fmt: skip
 
 
@@ -197,6 +201,9 @@ def _pack_due(pack, side, table_ptr, stride_page, row, head, share, length, SIDE
 def _append_pack_kernel(
     length_ptr, page_table_ptr, keys, values, stride_length, stride_table_row, stride_table_page, BLOCKS: tl.constexpr
 ):
+    # Triton 3.6 hands on a constant's own constants by names of their own alone.
+    KEYS: tl.constexpr = BLOCKS.keys
+    VALUES: tl.constexpr = BLOCKS.values
     share = tl.program_id(0) % BLOCKS.num_programs
     head = (tl.program_id(0) // BLOCKS.num_programs % BLOCKS.num_kv_heads).to(tl.int64)
     row = (tl.program_id(0) // (BLOCKS.num_programs * BLOCKS.num_kv_heads)).to(tl.int64)
@@ -204,12 +211,12 @@ def _append_pack_kernel(
     if length == 0:
         return
     if share == 0:
-        _append(keys, row, head, length - 1, BLOCKS.keys.capacity, BLOCKS)
-        _append(values, row, head, length - 1, BLOCKS.values.capacity, BLOCKS)
+        _append(keys, row, head, length - 1, KEYS.capacity, BLOCKS)
+        _append(values, row, head, length - 1, VALUES.capacity, BLOCKS)
     if page_table_ptr is not None:
         table_ptr = page_table_ptr + row * stride_table_row
-        _pack_due(_pack_values, values, table_ptr, stride_table_page, row, head, share, length, BLOCKS.values, BLOCKS)
-        _pack_due(_pack_keys, keys, table_ptr, stride_table_page, row, head, share, length, BLOCKS.keys, BLOCKS)
+        _pack_due(_pack_values, values, table_ptr, stride_table_page, row, head, share, length, VALUES, BLOCKS)
+        _pack_due(_pack_keys, keys, table_ptr, stride_table_page, row, head, share, length, KEYS, BLOCKS)
 
 
 def append_pack(

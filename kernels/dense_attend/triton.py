@@ -51,8 +51,8 @@ def _attend_kernel(
     offs_values = offs_t[None, :] * stride_token + offs_d[:, None]
 
     maximum = tl.full((TILING.block_heads,), -1e30, tl.float32)  # finite: no difference is inf - inf
-    total = tl.zeros((TILING.block_heads,), tl.float32)
-    output = tl.zeros((TILING.block_d, TILING.block_heads), tl.float32)
+    total = tl.full((TILING.block_heads,), 0.0, tl.float32)
+    output = tl.full((TILING.block_d, TILING.block_heads), 0.0, tl.float32)
     length = tl.load(length_ptr + row)
     num_tiles = tl.cdiv(length, TOKENS)
     first_tile = (part * num_tiles) // num_parts

@@ -40,10 +40,10 @@ def attend_packed(
 
     maximum = tl.full((NUM_HEADS,), -1e30, tl.float32)  # finite: no difference is inf - inf
     total = tl.zeros((NUM_HEADS,), tl.float32)
-    minima = tl.zeros((TILING.block_value_groups, NUM_HEADS), tl.float32)
+    minima = tl.full((TILING.block_value_groups, NUM_HEADS), 0.0, tl.float32)
     outputs = ()
     for _ in tl.static_range(NUM_SUMS):
-        outputs += (tl.zeros((TILING.block_value_rows, NUM_HEADS), tl.float32),)
+        outputs += (tl.full((TILING.block_value_rows, NUM_HEADS), 0.0, tl.float32),)
 
     # A sequence's pages laid end to end are one row of words for each channel; a tile is a piece of it.
     num_tiles = tl.cdiv(tl.cdiv(num_tokens, TILING.page_tokens) * TILING.key_words, TILING.tile_words)

@@ -72,7 +72,7 @@ def quantize_rows(load, source, mask_rows, codes_ptr, scale_ptr, minimum_ptr, FO
 
     offs_w = tl.arange(0, FORMAT.block_w)
     mask = mask_rows[:, None] & (offs_w < FORMAT.num_words)[None, :]
-    words = tl.zeros((NUM_ROWS, FORMAT.block_w), tl.int32)
+    words = tl.full((NUM_ROWS, FORMAT.block_w), 0, tl.int32)
     for slot in tl.static_range(16 // FORMAT.bits):
         places = slot * FORMAT.num_words + offs_w
         groups = places // FORMAT.group_size

@@ -76,7 +76,7 @@ def scores_of(
 ):
     """Scores of a tile `[tokens, lanes]` in units of log 2, -inf where there is no token."""
     offs_l = tl.arange(0, TILING.lanes)
-    scores = tl.zeros((TILING.tile_tokens, TILING.lanes), tl.float32)
+    scores = tl.full((TILING.tile_tokens, TILING.lanes), 0.0, tl.float32)
     NUM_SLOTS: tl.constexpr = TILING.key_atoms
     for slot in tl.static_range(NUM_SLOTS):
         indices, codes = atoms_of(

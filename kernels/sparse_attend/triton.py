@@ -63,7 +63,7 @@ def _table_kernel(
     mask_a = offs_a < TILING.num_key_atoms
     offs_n = tl.arange(0, TILING.block_heads)
     query_ptr = query_ptr + row * stride_query_row + query_head * stride_query_head
-    products = tl.zeros((BLOCK_ATOMS, TILING.block_heads), tl.float32)
+    products = tl.full((BLOCK_ATOMS, TILING.block_heads), 0.0, tl.float32)
     # Turned keys have no table; accumulators are cleared all the same.
     NUM_CHUNKS: tl.constexpr = 0 if TILING.turned_channels else TILING.block_d // TILING.exact_channels
     for chunk in tl.static_range(NUM_CHUNKS):
@@ -123,7 +123,7 @@ def _weigh_kernel(
         )  # fmt: skip
     else:
         highest = tl.full((TILING.lanes,), -1e30, tl.float32)  # finite: no difference is inf - inf
-        lane_total = tl.zeros((TILING.lanes,), tl.float32)
+        lane_total = tl.full((TILING.lanes,), 0.0, tl.float32)
         table_ptr += block * TILING.num_key_atoms * TILING.lanes
         key_words_ptr += head * stride_key_words_head
         key_coefficients_ptr += head * stride_key_coefficients_head
@@ -218,7 +218,7 @@ def _output_kernel(
     mask_c = offs_c < TILING.part_channels
     offs_n = tl.arange(0, TILING.block_heads)
     accumulators_ptr += (block * TILING.value_parts + part) * TILING.num_value_atoms * TILING.lanes
-    output = tl.zeros((CHANNELS, TILING.block_heads), tl.float32)
+    output = tl.full((CHANNELS, TILING.block_heads), 0.0, tl.float32)
     for start in range(0, TILING.num_value_atoms, BLOCK_ATOMS):
         offs_a = start + tl.arange(0, BLOCK_ATOMS)
         mask_a = offs_a < TILING.num_value_atoms
@@ -245,7 +245,7 @@ def _output_kernel(
         part_output = tl.load(part_output_ptr + place[None, :] + channel[:, None], mask=mask, other=0.0)
         output += part_output * tl.exp2(part_log_sum_exp - reference)[None, :]
     if TILING.has_value_means:
-        share = tl.zeros((TILING.block_heads,), tl.float32)
+        share = tl.full((TILING.block_heads,), 0.0, tl.float32)
         for coded in range(TILING.num_exact_parts, num_parts):
             part_log_sum_exp = tl.load(
                 part_log_sum_exp_ptr + row_head * num_parts + coded, mask=mask_n, other=float("-inf")

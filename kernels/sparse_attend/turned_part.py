@@ -28,7 +28,7 @@ def turned_scores_of(
     offs_t = tl.arange(0, TILING.tile_tokens)
     offs_l = tl.arange(0, TILING.lanes)
     scales = scales_of(coefficients_ptr, mask_t, TILING)
-    scores = tl.zeros((TILING.tile_tokens, TILING.lanes), tl.float32)
+    scores = tl.full((TILING.tile_tokens, TILING.lanes), 0.0, tl.float32)
     for chunk in range(TURNED_CHUNKS + REST_CHUNKS):
         # Two runs of channels that are turned with each other; behind all pairs, two that pass.
         is_turned = chunk < TURNED_CHUNKS
@@ -40,8 +40,8 @@ def turned_scores_of(
         mask_high = high < tl.where(is_turned, 2 * HALF, TILING.head_dim)
         mask_w = low < tl.where(is_turned, HALF, 0)
 
-        x = tl.zeros((TILING.tile_tokens, CHANNELS), tl.float32)
-        y = tl.zeros((TILING.tile_tokens, CHANNELS), tl.float32)
+        x = tl.full((TILING.tile_tokens, CHANNELS), 0.0, tl.float32)
+        y = tl.full((TILING.tile_tokens, CHANNELS), 0.0, tl.float32)
         for slot in range(TILING.key_atoms):
             indices, codes = atoms_of(
                 words_ptr, coefficients_ptr, stride_words_slot, stride_coefficients_slot, slot, mask_t, TILING
