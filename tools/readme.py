@@ -80,7 +80,7 @@ def decode() -> str:
     first = saved[0]
     return table(columns, rows) + (
         "\n\nMilliseconds of a whole decode step of the embedded model, batch 1, medians, and tokens/s against our "
-        f"dense lane; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
+        f"dense lane right beside it; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
     )
 
 
