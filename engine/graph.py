@@ -10,7 +10,7 @@ takes every step by itself, and `reason` says why.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from transformers import PreTrainedModel
@@ -27,15 +27,23 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, body: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
         """Raises: RuntimeError for a body that asks the device something."""
-        with torch.cuda.device(self._device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # The inner stream is not left where a capture fails; the outer one is, and gives the caller's back.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            if not self._graphs:  # torch takes no graph into memory whose graphs are all gone
+                self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = body()
+            try:
+                # Other threads may go on using the GPU, and allocating.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = body()
+            except RuntimeError:
+                self._graphs = WeakSet()  # nor into memory that a failed capture never closed
+                raise
+        self._graphs.add(graph)
         return graph.replay, result
 
 
