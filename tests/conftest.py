@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # Before torch is loaded: threads that spin while they wait starve a browser, or a second test process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# On a GPU cuBLAS refuses to work under deterministic algorithms (kernels/conftest.py) without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

@@ -16,7 +16,8 @@ def quantize_pack(values: torch.Tensor, *, bits: int, group_size: int) -> Packed
     groups = values.float().unflatten(-1, (-1, group_size))
     low, high = groups.aminmax(dim=-1)
     minimum = low.half()
-    scale = ((high - low) / (2**bits - 1)).half()
+    # On a GPU torch multiplies by the reciprocal of a number, but divides by a tensor.
+    scale = ((high - low) / torch.full_like(low, 2**bits - 1)).half()
     step = scale.float().unsqueeze(-1)
     steps = (groups - minimum.float().unsqueeze(-1)) / torch.where(step == 0, 1.0, step)
     codes = steps.clamp(0, 2**bits - 1).round().to(torch.int32)
