@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from kvlens.engine.graph import CudaCapture
 from kvlens.engine.measure import Stopwatch
 from kvlens.engine.model import LoadedModel
 from kvlens.engine.throughput import CELL_SECONDS, ROUND_STEPS, TIMED_STEPS, WARM_UP_STEPS, random_prompt
@@ -116,10 +117,8 @@ def _captured_step(model: LoadedModel, cache: Any, ids: torch.Tensor) -> Step:
         for _ in range(_STEPS_BEFORE_GRAPH):
             step()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    replay, _ = CudaCapture(model.device)(step)
+    return replay
 
 
 def _compiled_step(model: LoadedModel, cache: Any, ids: torch.Tensor) -> Step:

@@ -28,9 +28,10 @@ class Stopwatch:
         """Times a block: CUDA events on a GPU (the block is waited for), the wall clock elsewhere."""
         if device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            stream = torch.cuda.current_stream(device)
+            start.record(stream)
             yield
-            stop.record()
+            stop.record(stream)
             stop.synchronize()
             self.milliseconds = start.elapsed_time(stop)
         else:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from kvlens.engine.graph import CudaCapture
 from kvlens.engine.measure import Stopwatch, last_cache_bytes
 
 Step = Callable[[], object]
@@ -32,7 +33,7 @@ def timed(steps: Sequence[Step], layer_bytes: int, device: torch.device, *, in_g
 
     `in_graph` False launches them one by one, for code that no graph can hold. Raises: what a step raises.
     """
-    for step in [steps[0]] * _WARM_UPS:
+    for step in [*[steps[0]] * _WARM_UPS, *steps]:  # where a layer lies may ask for a kernel of its own
         step()
     long_enough = int(GRAPH_SECONDS * _EXPECTED_BYTES_PER_SECOND / layer_bytes) if device.type == "cuda" else 0
     num_launches = max(len(steps), min(MOST_LAUNCHES, long_enough))
@@ -43,11 +44,7 @@ def timed(steps: Sequence[Step], layer_bytes: int, device: torch.device, *, in_g
             step()
 
     if in_graph and device.type == "cuda":
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            walk()
-        walk = graph.replay
+        walk, _ = CudaCapture(device)(walk)
     walk()
 
     def measured() -> float:
