@@ -1,9 +1,10 @@
 """Imports transformers without what it would pull in on the way and nothing here uses: half of its time.
 
-Two things cost seconds. Packages that transformers imports because they happen to be installed; for the moment of
-the import they are hidden. And marks for torch's compiler on functions that nobody here compiles
+Three things cost seconds. Packages that transformers imports because they happen to be installed; for the moment of
+the import they are hidden. Marks for torch's compiler on functions that nobody here compiles
 (`@torch.compiler.disable` and the like): merely touching `torch._dynamo` loads the whole compiler, so the marks
-do nothing for that moment. Afterwards everything is as it was, and both may be imported as usual.
+do nothing for that moment. Afterwards everything is as it was, and both may be imported as usual. And tensors shared
+out over processes: transformers asks once whether torch has them, and is told no for good, as on a build without.
 """
 
 import importlib
@@ -31,9 +32,21 @@ def load() -> None:
 
     # Where a version of transformers needs more of what is hidden, it is imported as usual, only later.
     with suppress(ImportError, AttributeError), _hidden(UNUSED), _without_marks(torch):
+        _alone(torch)
         for name in _NEEDED:
             importlib.import_module(name)
         _touch_layers(torch)
+
+
+def _alone(torch) -> None:
+    """transformers keeps the answer to its question for as long as the process lives."""
+    from transformers.utils import is_torch_distributed_available
+
+    ask, torch.distributed.is_available = torch.distributed.is_available, lambda: False
+    try:
+        is_torch_distributed_available()
+    finally:
+        torch.distributed.is_available = ask
 
 
 def _touch_layers(torch) -> None:
