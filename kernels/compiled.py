@@ -15,6 +15,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+COUNTS = ["page_table_ptr", "num_keys_ptr", "num_values_ptr", "num_tokens_ptr", "length_ptr"]
+"""Arguments that are read number by number: alignment, in which layers differ, asks for no kernel of its own."""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -73,7 +73,7 @@ def store_part(
     tl.store(log_sum_exp_ptr, log_sum_exp * 0.6931471805599453 if IS_WHOLE else log_sum_exp, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _merge_kernel(
     part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
     num_parts, BLOCK_PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,

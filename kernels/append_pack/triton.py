@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kvlens.kernels.append_pack import FlushRule
-from kvlens.kernels.compiled import Launch
+from kvlens.kernels.compiled import COUNTS, Launch
 from kvlens.kernels.exact_tokens import ExactTokens
 from kvlens.kernels.packed_attend import PackedPast
 from kvlens.kernels.quantize_pack import Packed
@@ -197,7 +197,7 @@ def _pack_due(pack, side, table_ptr, stride_page, row, head, share, length, SIDE
             pack(side, table_ptr, stride_page, window, head, first, block, BLOCKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row"], do_not_specialize_on_alignment=COUNTS)
 def _append_pack_kernel(
     length_ptr, page_table_ptr, keys, values, stride_length, stride_table_row, stride_table_page, BLOCKS: tl.constexpr
 ):

@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import Launch, rows_contiguous, strides
+from kvlens.kernels.compiled import COUNTS, Launch, rows_contiguous, strides
 from kvlens.kernels.dense_attend.tiling import plan_of
 from kvlens.kernels.exact_tokens import Attended
 from kvlens.kernels.split_k import LOG2_E, dot, empty_parts, empty_result, merge, store_part
 from kvlens.kernels.tuning import DenseConfiguration
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
 def _attend_kernel(
     query_ptr, scaling, length_ptr, keys_ptr, values_ptr, part_output_ptr, part_log_sum_exp_ptr,
     stride_query_row, stride_query_head, stride_row, stride_head, stride_token, TILING: tl.constexpr,

@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import Launch, rows_contiguous, strides
+from kvlens.kernels.compiled import COUNTS, Launch, rows_contiguous, strides
 from kvlens.kernels.packed_attend import Attended, ExactTokens, PackedPast
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.packed_attend.packed_part import attend_packed
@@ -67,7 +67,7 @@ def _part_head(TILING: tl.constexpr):
     return part, mask_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row"], do_not_specialize_on_alignment=COUNTS)
 def _attend_kernel(
     query_ptr, scaling, page_table_ptr, num_keys_ptr, num_values_ptr, length_ptr,
     key_codes_ptr, key_scale_ptr, key_minimum_ptr, value_codes_ptr, value_scale_ptr, value_minimum_ptr,

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import Launch, rows_contiguous, strides
+from kvlens.kernels.compiled import COUNTS, Launch, rows_contiguous, strides
 from kvlens.kernels.exact_tokens import Attended, ExactTokens
 from kvlens.kernels.packed_attend.exact_part import attend_exact
 from kvlens.kernels.sparse_attend import SparsePast, waves
@@ -88,7 +88,7 @@ def _table_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row"], do_not_specialize_on_alignment=COUNTS)
 def _weigh_kernel(
     query_ptr, scaling, table_ptr, page_table_ptr, num_tokens_ptr, length_ptr, key_words_ptr, key_coefficients_ptr,
     keys_ptr, values_ptr, sink_keys_ptr, sink_values_ptr, part_output_ptr, part_log_sum_exp_ptr,
@@ -155,7 +155,7 @@ def _weigh_kernel(
         tl.store(part_log_sum_exp_ptr + lane_head * num_parts + part, highest + tl.log2(lane_total), mask=mask_l)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row", "num_parts"], do_not_specialize_on_alignment=COUNTS)
 def _scatter_kernel(
     table_ptr, page_table_ptr, num_tokens_ptr, part_log_sum_exp_ptr, accumulators_ptr,
     key_words_ptr, key_coefficients_ptr, value_words_ptr, value_coefficients_ptr, stride_table_row,
@@ -204,7 +204,7 @@ def _scatter_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _output_kernel(
     accumulators_ptr, dictionary_ptr, part_output_ptr, part_log_sum_exp_ptr, output_ptr, log_sum_exp_ptr,
     means_ptr, stride_dictionary_atom, num_parts, BLOCK_ATOMS: tl.constexpr, TILING: tl.constexpr,

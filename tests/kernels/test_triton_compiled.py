@@ -259,3 +259,21 @@ def test_the_cache_tells_tilings_apart():
         inputs = build_attend(replace(ANY, lengths=(length,)))
         tilings.append(plan_of(inputs.query, inputs.past, inputs.exact).tiling)
     assert repr(tilings[0]) != repr(tilings[1])
+
+
+def test_the_places_of_counts_ask_for_no_kernel_of_their_own():
+    """Layers share a tensor of counts, so that at batch 1 three of four lie off a multiple of 16 bytes."""
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+    inputs = build_attend(ANY)
+    names = ("page_table", "num_keys", "num_values")
+    past = replace(inputs.past, **{name: shifted(getattr(inputs.past, name)) for name in names})
+    exact = replace(inputs.exact, length=shifted(inputs.exact.length))
+    assert past.num_keys.data_ptr() % 16 != 0
+    first, second = (
+        packed_attend.prepare(inputs.query, *stored, scaling=1.0, arch=90)[1][0].compile(90)
+        for stored in ((inputs.past, inputs.exact), (past, exact))
+    )
+    assert first.hash == second.hash
