@@ -57,7 +57,8 @@ class DenseCache(KVCache):
         self._keys = [self._grown(layer, self._keys, capacity) for layer in range(self.shape.num_layers)]
         self._values = [self._grown(layer, self._values, capacity) for layer in range(self.shape.num_layers)]
         self._capacity = capacity
-        prepare(self._keys[0], num_query_heads=self.shape.num_query_heads)
+        if not self.steps_on_device:  # else one kernel takes every step; measuring others would cost a layer's memory
+            prepare(self._keys[0], num_query_heads=self.shape.num_query_heads)
 
     def _grown(self, layer: int, buffers: list[torch.Tensor], capacity: int) -> torch.Tensor:
         shape = self.shape
