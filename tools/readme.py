@@ -80,7 +80,8 @@ def decode() -> str:
     first = saved[0]
     return table(columns, rows) + (
         "\n\nMilliseconds of a whole decode step of the embedded model, batch 1, medians, and tokens/s against our "
-        f"dense lane right beside it; {first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
+        "dense lane right beside it; "
+        f"{first['device']}, torch {first['torch']}, {first['date']}. `python -m benchmarks.decode`"
     )
 
 
