@@ -217,6 +217,15 @@ def test_a_story_is_asked_for_by_what_it_is_about():
     assert story_topic(Random(0), "It was late. She slept.") is None
 
 
+def test_the_first_mentions_of_a_topic_weigh_more(texts, tokenizer):
+    rows = RowMaker(texts, tokenizer, seed=1)
+    told = [rows._story(Random(seed), 500) for seed in range(40)]
+    replies = [made.messages[1][1] for made in told if not isinstance(made, str) and len(made.messages[1][1]) > 1]
+    assert replies
+    for pieces in replies:
+        assert sum(weight == rows.TOPIC_WEIGHT for _, weight in pieces) == rows.NUM_TOPIC_MENTIONS
+
+
 def test_a_recast_story_is_about_the_new_topic_alone():
     told = [recast(Random(seed), STORY.replace("fox", "owl").replace("a owl", "an owl"), "owl") for seed in range(40)]
     for topic, story in told:

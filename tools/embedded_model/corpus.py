@@ -156,7 +156,8 @@ class RowMaker:
     FREE_STORY_SHARE = 0.1
     # Stories told about another animal or thing than the book's: the topic has to come from the request.
     RECAST_SHARE = 0.6
-    TOPIC_WEIGHT = 3.0
+    # The first mentions of the topic weigh more: where all of them did, foxes met foxes.
+    TOPIC_WEIGHT, NUM_TOPIC_MENTIONS = 3.0, 2
 
     def __init__(self, texts: Texts, tokenizer: Tokenizer, *, seed: int, split: str = "train") -> None:
         self.texts, self.tokenizer, self.seed, self.split = texts, tokenizer, seed, split
@@ -279,8 +280,8 @@ class RowMaker:
         named = topic if topic[0].isupper() else f"{'an' if topic[0] in 'aeiou' else 'a'} {topic}"
         conversation.say("user", (random.choice(w.STORY_REQUESTS).format(n=named), TOLD_WEIGHT))
         pieces = re.split(rf"\b({topic})", story)
-        weights = (PLAIN_WEIGHT, self.TOPIC_WEIGHT)
-        conversation.say("assistant", *((text, weights[i % 2]) for i, text in enumerate(pieces) if text))
+        weights = dict.fromkeys(range(1, 2 * self.NUM_TOPIC_MENTIONS, 2), self.TOPIC_WEIGHT)
+        conversation.say("assistant", *((text, weights.get(i, PLAIN_WEIGHT)) for i, text in enumerate(pieces) if text))
         return conversation
 
     def _small_talk(self, random: Random, room: int) -> Conversation:
