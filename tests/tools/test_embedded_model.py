@@ -201,6 +201,16 @@ def test_run_follows_the_clock_to_a_rate_of_zero(texts, tokenizer, tmp_path):
     assert trainer.progress.learning_rate_share(5) == 0
 
 
+def test_the_curve_has_no_row_without_a_loss(texts, tokenizer, tmp_path):
+    trainer = make_trainer(texts, tokenizer)
+    clock = Clock(time.monotonic() + 0.3, 0.2)
+    run(trainer, tmp_path, max_tokens=float("inf"), anneal_steps=1, report_every=1, clock=clock)
+    steps, losses = zip(*((row.split(",")[0], float(row.split(",")[4])) for row in
+                          (tmp_path / "curve.csv").read_text().splitlines()[1:]), strict=True)  # fmt: skip
+    assert len(set(steps)) == len(steps) == trainer.progress.step
+    assert min(losses) > 0
+
+
 def test_the_clock_walks_down_though_the_time_is_over():
     clock = Clock(time.monotonic() - 1, 500)
     shares = [0.09]

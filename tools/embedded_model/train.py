@@ -290,7 +290,8 @@ def run(
             progress.anneal_from, progress.anneal_steps = progress.step, 0
         else:
             losses.append(trainer.train_step(clock_share))
-        if progress.step % report_every == 0 or progress.is_done:
+        # A run that the clock ends right after a report has nothing to add.
+        if losses and (progress.step % report_every == 0 or progress.is_done):
             seconds = time.monotonic() - started
             held_out_loss, recall_accuracy = trainer.held_out()
             values = (
@@ -298,7 +299,7 @@ def run(
                 progress.tokens,
                 max(trainer.recipe.lengths_at(progress.tokens)),
                 f"{min(clock_share, progress.learning_rate_share(trainer.recipe.warmup_steps)):.3f}",
-                f"{sum(losses) / max(1, len(losses)):.4f}",
+                f"{sum(losses) / len(losses):.4f}",
                 f"{held_out_loss:.4f}",
                 f"{recall_accuracy:.4f}",
                 f"{(progress.tokens - tokens_then) / seconds:.0f}",
