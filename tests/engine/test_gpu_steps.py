@@ -2,31 +2,17 @@
 
 import pytest
 import torch
+from endless import CONFIGS, endless_model
 
-from kvlens.engine.facts import StandInFacts
 from kvlens.engine.generate import forward_batch, prefill
-from kvlens.engine.methods.csr import CsrConfig
-from kvlens.engine.methods.dense import DenseConfig
-from kvlens.engine.methods.kivi import KiviConfig
-from kvlens.engine.model import load_model
 from kvlens.engine.sequences import Sequences
-from tests import tiny
 
 pytestmark = pytest.mark.gpu
-
-CONFIGS = {
-    "dense": DenseConfig(),
-    "kivi": KiviConfig(residual_length=32, num_sinks=2),
-    "csr": CsrConfig(num_atoms=256, window=16, flush=8),
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = load_model(tiny.save(tmp_path_factory.mktemp("model"), head_dim=64), device="cuda", dtype="float16")
-    model.end_tokens = frozenset()
-    model.facts = StandInFacts(model.shape, device=model.device)
-    return model
+    return endless_model(tmp_path_factory.mktemp("model"), device="cuda", dtype="float16")
 
 
 def test_the_model_takes_its_steps_as_graphs(model):

@@ -4,32 +4,20 @@ import random
 
 import pytest
 import torch
+from endless import CONFIGS, endless_model
 
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.errors import EngineError, OutOfMemory
-from kvlens.engine.facts import StandInFacts
 from kvlens.engine.generate import generate
-from kvlens.engine.methods.csr import CsrConfig
 from kvlens.engine.methods.dense import DenseConfig
 from kvlens.engine.methods.kivi import KiviConfig
-from kvlens.engine.model import load_model
 from kvlens.engine.rows import bucket
 from kvlens.engine.sequences import Sequences
-from tests import tiny
-
-CONFIGS = {
-    "dense": DenseConfig(),
-    "kivi": KiviConfig(residual_length=32, num_sinks=2),
-    "csr": CsrConfig(num_atoms=256, window=16, flush=8),
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = load_model(tiny.save(tmp_path_factory.mktemp("model"), head_dim=64, eos_token_id=None), device="cpu")
-    model.end_tokens = frozenset()
-    model.facts = StandInFacts(model.shape)
-    return model
+    return endless_model(tmp_path_factory.mktemp("model"), device="cpu")
 
 
 def alone(model, name: str, prompt: list[int], count: int) -> list[int]:
