@@ -28,11 +28,12 @@ class Launch:
     arguments: dict[str, Any]
 
     def run(self) -> None:
-        """Raises: ValueError for tensors on the CPU, unless Triton interprets."""
-        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        """Launch on the GPU that holds the tensors. Raises: ValueError on the CPU, unless Triton interprets."""
+        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        if tensor.device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise ValueError("a Triton kernel needs tensors on a GPU (or TRITON_INTERPRET=1); got them on the CPU")
-        self.kernel[self.grid](**self.arguments)
+        with torch.cuda.device_of(tensor):
+            self.kernel[self.grid](**self.arguments)
 
     def compile(self, arch: int) -> Any:
         """The compiled kernel (`asm`, `metadata`) for compute capability `arch`, e.g. 90.

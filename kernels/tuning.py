@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kvlens.kernels.compiled import arch_of
+
 TUNED = Path(__file__).parent / "tuned"
 
 
@@ -94,6 +96,15 @@ class Tuned:
     tokens: int
     milliseconds: float
     default_milliseconds: float
+
+
+def configuration_for(
+    operation: str, query: torch.Tensor, num_kv_heads: int, *, bits: int = 0, arch: int | None = None
+) -> Configuration:
+    """That of attention by `query [B, HQ, D]`, on its device or on `arch`. Raises: ValueError below 80."""
+    batch, num_query_heads, head_dim = query.shape
+    shape = Shape(head_dim, num_query_heads // num_kv_heads, batch, bits)
+    return configuration_of(operation, shape, arch or arch_of(query.device), query.device)
 
 
 @cache

@@ -223,9 +223,8 @@ def append_pack(
     keys: torch.Tensor, values: torch.Tensor, exact: ExactTokens, rule: FlushRule, past: PackedPast | None
 ) -> None:
     """See `kvlens.kernels.append_pack.append_pack`."""
-    with torch.cuda.device_of(keys):
-        for launch in prepare(keys, values, exact, rule, past):
-            launch.run()
+    for launch in prepare(keys, values, exact, rule, past):
+        launch.run()
 
 
 def prepare(

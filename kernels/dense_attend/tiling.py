@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import arch_of, num_multiprocessors
+from kvlens.kernels.compiled import num_multiprocessors
 from kvlens.kernels.split_k import DOT_ROWS, num_splits_of, padded, product_dtype
-from kvlens.kernels.tuning import DenseConfiguration, Shape, configuration_of
+from kvlens.kernels.tuning import DenseConfiguration, configuration_for
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def plan_of(
     Raises: ValueError below 80.
     """
     batch, num_query_heads, head_dim = query.shape
-    if configuration is None:
-        shape = Shape(head_dim, num_query_heads // keys.shape[1], batch)
-        configuration = configuration_of("dense_attend", shape, arch or arch_of(query.device), query.device)
+    configuration = configuration or configuration_for("dense_attend", query, keys.shape[1], arch=arch)
     return _plan(
         product_dtype(query.dtype, keys.dtype, values.dtype),
         batch,

@@ -86,9 +86,8 @@ def dense_attend(
 ) -> torch.Tensor:
     """See `kvlens.kernels.dense_attend.dense_attend`."""
     result, launches = prepare(query, keys, values, length, scaling=scaling)
-    with torch.cuda.device_of(query):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return result.output
 
 

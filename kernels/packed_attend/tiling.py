@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import arch_of, num_multiprocessors
+from kvlens.kernels.compiled import num_multiprocessors
 from kvlens.kernels.packed_attend import ExactTokens, PackedPast, PageLayout
 from kvlens.kernels.split_k import DOT_ROWS, num_splits_of, padded, product_dtype
-from kvlens.kernels.tuning import PackedConfiguration, Shape, configuration_of
+from kvlens.kernels.tuning import PackedConfiguration, configuration_for
 
 SPLITS = (1, 2, 4, 8, 16)  # groups of a page or token that are parted in registers
 MOST_CHANNELS = 128  # of keys that are multiplied at a time: registers hold their words
@@ -117,8 +117,8 @@ def plan_of(
     batch, num_query_heads, head_dim = query.shape
     num_kv_heads = exact.keys.shape[1]
     if configuration is None:
-        shape = Shape(head_dim, num_query_heads // num_kv_heads, batch, past.layout.key_bits)
-        configuration = configuration_of("packed_attend", shape, arch or arch_of(query.device), query.device)
+        bits = past.layout.key_bits
+        configuration = configuration_for("packed_attend", query, num_kv_heads, bits=bits, arch=arch)
     return _plan(
         past.layout,
         query.dtype,

@@ -132,9 +132,8 @@ def _attend_kernel(
 def packed_attend(query: torch.Tensor, past: PackedPast, exact: ExactTokens, *, scaling: float) -> Attended:
     """See `kvlens.kernels.packed_attend.packed_attend`."""
     result, launches = prepare(query, past, exact, scaling=scaling)
-    with torch.cuda.device_of(query):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return result
 
 

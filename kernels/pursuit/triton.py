@@ -165,9 +165,8 @@ def pursue(
         dispatch.note_fallback("pursuit", f"its kernel holds distinct atoms of at most {LARGEST_DISTINCT}")
         return reference.pursue(vectors, dictionary, sparsity=sparsity, **mode)
     codes, launches = prepare(vectors, dictionary, sparsity=sparsity, **mode)
-    with torch.cuda.device_of(vectors):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return codes
 
 
@@ -237,9 +236,8 @@ def prepare(
 def restore(codes: SparseCodes, dictionary: torch.Tensor) -> torch.Tensor:
     """See `kvlens.kernels.pursuit.restore`."""
     vectors, launches = prepare_restore(codes, dictionary)
-    with torch.cuda.device_of(vectors):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return vectors
 
 

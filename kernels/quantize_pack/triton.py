@@ -115,9 +115,8 @@ def _quantize_pack_kernel(
 def quantize_pack(values: torch.Tensor, *, bits: int, group_size: int) -> Packed:
     """See `kvlens.kernels.quantize_pack.quantize_pack`."""
     packed, launches = prepare(values, bits=bits, group_size=group_size)
-    with torch.cuda.device_of(values):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return packed
 
 

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlens.kernels.compiled import arch_of, num_multiprocessors
+from kvlens.kernels.compiled import num_multiprocessors
 from kvlens.kernels.sparse_attend import ExactTokens, SparseLayout, SparsePast
 from kvlens.kernels.split_k import num_splits_of, padded, product_dtype
-from kvlens.kernels.tuning import Shape, SparseConfiguration, configuration_of
+from kvlens.kernels.tuning import SparseConfiguration, configuration_for
 
 MAX_LANES = 16
 INTERPRETED = SparseConfiguration(programs=1)
@@ -88,9 +88,7 @@ def plan_of(
     """
     batch, num_query_heads, head_dim = query.shape
     num_kv_heads = exact.keys.shape[1]
-    if configuration is None:
-        shape = Shape(head_dim, num_query_heads // num_kv_heads, batch)
-        configuration = configuration_of("sparse_attend", shape, arch or arch_of(query.device), query.device)
+    configuration = configuration or configuration_for("sparse_attend", query, num_kv_heads, arch=arch)
     return _plan(
         past.layout,
         product_dtype(query.dtype, exact.keys.dtype, exact.values.dtype),

@@ -261,9 +261,8 @@ def _output_kernel(
 def sparse_attend(query: torch.Tensor, past: SparsePast, exact: ExactTokens, *, scaling: float) -> Attended:
     """See `kvlens.kernels.sparse_attend.sparse_attend`."""
     result, launches = prepare(query, past, exact, scaling=scaling)
-    with torch.cuda.device_of(query):
-        for launch in launches:
-            launch.run()
+    for launch in launches:
+        launch.run()
     return result
 
 
