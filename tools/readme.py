@@ -102,6 +102,26 @@ def agreement() -> str:
     return _plain("agreement", columns, caption)
 
 
+def recall() -> str:
+    """Which questions about a fact in a long text each method still answers: a column a length."""
+    saved = read(RESULTS / "recall.csv")
+    lengths = sorted({int(row["prompt_tokens"]) for row in saved if row["prompt_tokens"]})
+    found = {(row["method"], row["prompt_tokens"]): row for row in saved}
+    rows = []
+    for name in dict.fromkeys(row["method"] for row in saved):
+        own = [found[name, str(length)] for length in lengths]
+        whole = found[name, ""]
+        change = f"{float(whole['points']):+.1f} ± {float(whole['points_error']):.1f}"
+        rows.append([name, _short(whole["bits_per_value"]), *(_percent(row["recall"]) for row in own), change])
+    columns = ["method", "bits a value", *(f"{length:,} tokens" for length in lengths), "points against exact"]
+    return table(columns, rows) + (
+        f"\n\nEmbedded model: right answers about one fact in a book's text, at every depth, in words never seen in "
+        f"training. Every method answers the same {int(whole['questions']):,} questions; the last column is the "
+        "difference to the exact cache in percentage points, with its 95 % interval; "
+        f"{whole['device']}, torch {whole['torch']}, {whole['date']}. `python -m benchmarks.recall --data DIR`"
+    )
+
+
 def _plain(name: str, columns: dict[str, tuple[str, Callable[[str], str]]], caption: str) -> str:
     saved = read(RESULTS / f"{name}.csv")
     rows = [[show(row[column]) for column, (_, show) in columns.items()] for row in saved]
@@ -116,6 +136,7 @@ TABLES = {
     "attention": attention,
     "decode": decode,
     "agreement": agreement,
+    "recall": recall,
     "gpu": lambda: gpu(RESULTS),
 }
 

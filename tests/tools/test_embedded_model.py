@@ -12,10 +12,10 @@ import torch
 from tools.embedded_model import facts, recall
 from tools.embedded_model.card import write_card
 from tools.embedded_model.corpus import RowMaker, Texts, recast, story_topic
+from tools.embedded_model.curve import CURVE_FIELDS, append_row, read_curve, whole_curve
 from tools.embedded_model.evaluate import RECALL_TABLES
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
 from tools.embedded_model.train import (
-    CURVE_FIELDS,
     STEEPEST_FALL,
     Clock,
     ModelShape,
@@ -107,6 +107,7 @@ def test_the_model_card_has_a_table_for_everything_that_is_measured(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "[[" not in card
     assert card.count("| 250 | 50% | 100% | 75% |") == len(RECALL_TABLES)
+    assert "keys 5.0 at most, 5.0 in the mean; values 2.0 and 2.0" in card
 
 
 def test_depth_outside_the_text_is_refused():
@@ -209,6 +210,18 @@ def test_the_curve_has_no_row_without_a_loss(texts, tokenizer, tmp_path):
                           (tmp_path / "curve.csv").read_text().splitlines()[1:]), strict=True)  # fmt: skip
     assert len(set(steps)) == len(steps) == trainer.progress.step
     assert min(losses) > 0
+
+
+def test_a_curve_goes_on_where_the_run_before_it_ended(tmp_path):
+    first, second = tmp_path / "first.csv", tmp_path / "second.csv"
+    for path, losses in ((first, (3.0, 2.5)), (second, (2.4, 2.3))):
+        for step, loss in enumerate(losses, 1):
+            append_row(path, (40 * step, 1000 * step, 256, "1.000", loss, loss, 0.5, 700))
+    assert whole_curve(first, None) == first.read_text()
+    first.write_text(whole_curve(second, first))
+    assert [(row["step"], row["tokens"], row["train_loss"]) for row in read_curve(first)] == [
+        ("40", "1000", "3.0"), ("80", "2000", "2.5"), ("120", "3000", "2.4"), ("160", "4000", "2.3"),
+    ]  # fmt: skip
 
 
 def test_the_clock_walks_down_though_the_time_is_over():

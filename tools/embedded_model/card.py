@@ -7,18 +7,15 @@ measures nothing.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from pathlib import Path
+from statistics import mean
 
+from .curve import curve_svg, read_curve
+
+# A channel whose largest value is this many times the median channel's stands far out.
+CLEAR_OUTLIER = 4.0
 TEMPLATE = Path(__file__).with_name("card_template.md")
-WIDTH, HEIGHT, MARGIN = 720, 300, 56
-# Okabe and Ito's palette: told apart by colour-blind readers.
-SERIES = (
-    ("train_loss", "training loss (weighted nats)", "#0072B2", 0.0, 6.0),
-    ("held_out_loss", "held-out loss (weighted nats)", "#D55E00", 0.0, 6.0),
-    ("recall_accuracy", "tokens copied right, unseen wordings (0 to 1)", "#009E73", 0.0, 1.0),
-)
 
 
 def perplexity_table(figures: dict) -> str:
@@ -54,6 +51,19 @@ def channel_table(figures: dict) -> str:
     return "\n".join(lines)
 
 
+def channel_sentence(figures: dict) -> str:
+    """The ratios of all heads in one line, and whether any key channel stands far out."""
+    keys, values = (
+        [ratio for row in figures["channel_outliers"] for ratio in row[name]]
+        for name in ("keys_max_over_median", "values_max_over_median")
+    )
+    verdict = "This model has" if max(keys) >= CLEAR_OUTLIER else "This model has no channel that stands far out, only"
+    return (
+        f"Over all heads: keys {max(keys):.1f} at most, {mean(keys):.1f} in the mean; values {max(values):.1f} and "
+        f"{mean(values):.1f}. {verdict} key channels that are larger than the others."
+    )
+
+
 def sample_list(figures: dict) -> str:
     """Prompts and replies as quotations."""
     quoted = (
@@ -62,39 +72,10 @@ def sample_list(figures: dict) -> str:
     return "\n\n".join(quoted)
 
 
-def curve_svg(rows: list[dict[str, str]]) -> str:
-    """The training curve as SVG: losses on the left axis (0 to 6), recall on the right (0 to 1)."""
-    last = max(float(row["tokens"]) for row in rows)
-
-    def point(row: dict[str, str], name: str, low: float, high: float) -> str:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * float(row["tokens"]) / last
-        share = min(1.0, max(0.0, (float(row[name]) - low) / (high - low)))
-        return f"{x:.1f},{HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * share:.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-    ]
-    for mark in range(7):
-        y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * mark / 6
-        parts.append(f'<path d="M{MARGIN} {y:.1f}H{WIDTH - MARGIN}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{MARGIN - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#333333">{mark}</text>')
-        parts.append(f'<text x="{WIDTH - MARGIN + 8}" y="{y + 4:.1f}" fill="#333333">{mark / 6:.2f}</text>')
-    for index, (name, label, colour, low, high) in enumerate(SERIES):
-        line = " ".join(point(row, name, low, high) for row in rows)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{MARGIN + 215 * index}" y="24" fill="{colour}">{label}</text>')
-    caption = f"tokens read, 0 to {last / 1e6:.1f} million"
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 18}" text-anchor="middle" fill="#333333">{caption}</text></svg>')
-    return "\n".join(parts) + "\n"
-
-
 def write_card(model_folder: Path) -> None:
     """`README.md` and `curve.svg` of the model folder."""
     figures = json.loads((model_folder / "evaluation.json").read_text(encoding="utf-8"))
-    with (model_folder / "curve.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_curve(model_folder / "curve.csv")
     (model_folder / "curve.svg").write_text(curve_svg(rows), encoding="utf-8")
     fields = {
         "made": figures["made"],
@@ -113,6 +94,7 @@ def write_card(model_folder: Path) -> None:
         "recall_four": recall_table(figures["recall_four_facts_unseen_wording"]),
         "count": figures["num_recall_questions"],
         "channel_table": channel_table(figures),
+        "channel_sentence": channel_sentence(figures),
         "samples": sample_list(figures),
     }
     card = TEMPLATE.read_text(encoding="utf-8")

@@ -10,7 +10,6 @@ command. `--start` begins with the weights and the tokenizer of a finished model
 from __future__ import annotations
 
 import argparse
-import csv
 import shutil
 import signal
 import time
@@ -23,20 +22,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from .corpus import RowMaker, read_texts, sample_for_tokenizer
+from .curve import CURVE_FIELDS, append_row, whole_curve
 from .tokenizer import BOS, END, PAD, as_chat_tokenizer, train_tokenizer
 
 MAX_POSITIONS = 8192
 STEEPEST_FALL = 0.02
-CURVE_FIELDS = (
-    "step",
-    "tokens",
-    "length",
-    "learning_rate_share",
-    "train_loss",
-    "held_out_loss",
-    "recall_accuracy",
-    "tokens_per_second",
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Recipe:
         ((256,), 7e6),
         ((512,), 9e6),
         ((1024,), 12e6),
-        ((512, 1024, 512, 1024, 512, 2048), float("inf")),
+        ((512, 1024, 2048, 1024), float("inf")),
     )
     matrix_learning_rate: float = 0.02
     vector_learning_rate: float = 0.003
@@ -278,8 +268,6 @@ def run(
     signal.signal(signal.SIGINT, stop)
     curve, losses, started, tokens_then = work / "curve.csv", [], time.monotonic(), trainer.progress.tokens
     clock_share = 1.0
-    if not curve.exists():
-        curve.write_text(",".join(CURVE_FIELDS) + "\n")
     while not (trainer.progress.is_done or stop.requested):
         progress = trainer.progress
         if progress.anneal_from is None and ((work / "ANNEAL").exists() or progress.tokens >= max_tokens):
@@ -304,8 +292,7 @@ def run(
                 f"{recall_accuracy:.4f}",
                 f"{(progress.tokens - tokens_then) / seconds:.0f}",
             )
-            with curve.open("a", newline="") as file:
-                csv.writer(file).writerow(values)
+            append_row(curve, values)
             print(
                 " ".join(f"{name}={value}" for name, value in zip(CURVE_FIELDS, values, strict=True)),
                 flush=True,
@@ -393,6 +380,8 @@ def main() -> None:
     )
     if trainer.progress.is_done:
         export(trainer.model, tokenizer, options.out)
+        before = options.start / "curve.csv" if options.start is not None else None
+        (options.out / "curve.csv").write_text(whole_curve(options.work / "curve.csv", before), encoding="utf-8")
 
 
 if __name__ == "__main__":
