@@ -49,11 +49,12 @@ class ChatHandlers:
             "problem": hub.problem,
             "can_change": hub.offered is None or bool(hub.offered),
             "can_type": hub.offered is None,
-            "offered": list(hub.offered or ()),
+            "offered": list(hub.choices),
             "recorded": self.runs.entries(),
         }
         if model is not None:
             state |= {
+                "is_embedded": model.is_embedded,
                 "weight_bytes": model.weight_bytes,
                 "max_context": model.max_context,
                 "device": model.device_name,

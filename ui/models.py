@@ -16,6 +16,9 @@ from kvlens.ui import text
 if TYPE_CHECKING:
     from kvlens.engine.model import LoadedModel
 
+SUGGESTED = ("HuggingFaceTB/SmolLM2-360M-Instruct", "Qwen/Qwen3-0.6B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0")
+"""Chat models in safetensors that need no account and run on a laptop; named where any model may be loaded."""
+
 DEVICE_SHARE = 0.7
 MACHINE_SHARE = 0.25
 
@@ -118,6 +121,11 @@ class ModelHub:
         with self._changed:
             self._changed.wait_for(lambda: self.version != version, timeout)
             return self.version
+
+    @property
+    def choices(self) -> Sequence[str]:
+        """Names to choose from: what is offered, or suggestions where a person may name any model."""
+        return SUGGESTED if self.offered is None else self.offered
 
     def check_allowed(self, name: str) -> None:
         """Raises: EngineError if this page does not offer `name`."""

@@ -23,6 +23,7 @@ STOP = "Stop"
 REGENERATE = "Regenerate"
 EDIT_LAST = "Edit last"
 CLEAR = "Clear"
+THEN_ASK = "Then ask"
 SETTINGS = "Sampling and system prompt"
 SYSTEM_PROMPT = "System prompt"
 SYSTEM_PROMPT_HINT = "Optional. Said to the model before the first turn, in both lanes."
@@ -341,7 +342,7 @@ CLIENT = {
         "no_model": "no model",
         "cpu": "CPU: speeds are this machine's own. Bytes are exact everywhere.",
         "none_recorded": "No recorded runs are installed.",
-        "offered": "Offered here",
+        "demonstration": "The embedded model is a demonstration, small enough to ship. Real ones, from Hugging Face:",
     },
     "help": [
         ["Two lanes, one prompt", "Both lanes are the same model. Only the cache of keys and values differs."],
@@ -379,8 +380,9 @@ ABOUT_LIMITS = """
 
 The model that comes with KVLens is very small, so that the page works on any machine without a download. It can chat
 simply, tell little stories and recall facts given in its prompt. It knows little about the world, it makes
-mistakes, and compression hurts a small model more than a large one. For figures that matter to you, load your own
-model: `python app.py --model <Hugging Face name or folder>`.
+mistakes, and compression hurts a small model more than a large one. It is a demonstration. For figures that matter to
+you, load a real one, by the model menu above where this page allows it or with `python app.py --model NAME`:
+{names}, or any other Llama, Mistral or Qwen in safetensors, by its Hugging Face name or as a folder.
 """
 ABOUT_API = """
 ## From a program

@@ -50,6 +50,14 @@ KVLens.answers = (() => {
   return { answerNode, range, watch };
 })();
 
+// Shows the questions that go on from one example ("" hides all of them), and the end of its prompt once it is filled in:
+// there stands what is asked.
+KVLens.thenAsk = (id) => {
+  for (const row of document.querySelectorAll(".kv-then")) row.classList.toggle("kv-is-open", row.id === id);
+  const field = document.querySelector("#kv-prompt textarea");
+  requestAnimationFrame(() => requestAnimationFrame(() => { field.scrollTop = field.scrollHeight; }));
+};
+
 KVLens.showParting = (laneId) => {
   const lane = KVLens.feed.latest?.lanes?.find((one) => one.id === laneId);
   const node = lane?.parting && KVLens.answers.answerNode(laneId);

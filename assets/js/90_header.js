@@ -36,8 +36,9 @@ KVLens.header = (component) => {
   });
   const button = make("button", { type: "button", class: "kv-strong", text: words.load, on: { click: () => load() } });
   const offered = make("div", { class: "kv-offered" });
+  const demonstration = make("p", { text: words.demonstration });
   const progress = make("p", { role: "status" });
-  model.list.append(make("h4", { text: words.change_model }), make("div", { class: "kv-row" }, field, button), offered, progress);
+  model.list.append(make("h4", { text: words.change_model }), make("div", { class: "kv-row" }, field, button), demonstration, offered, progress);
   function load(chosen) { component.trigger("model", { name: chosen ?? field.value }); }
 
   // A labelled bar: how much of something is used.
@@ -111,6 +112,7 @@ KVLens.header = (component) => {
     KVLens.machineNote(state.is_cpu ? words.cpu : "");
     model.list.classList.toggle("kv-fixed", !state.can_change);
     field.parentElement.hidden = !state.can_type;
+    demonstration.hidden = !state.is_embedded;
     offered.replaceChildren(...(state.offered || []).map((entry) => make("button", { type: "button", text: entry, on: { click: () => load(entry) } })));
     recorded.list.replaceChildren(...(state.recorded || []).map((entry) => item(recorded, entry.label, () => component.trigger("recorded", { id: entry.id }))));
     if (!(state.recorded || []).length) recorded.list.append(make("p", { text: words.none_recorded }));

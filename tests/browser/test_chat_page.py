@@ -75,6 +75,22 @@ def test_the_error_panel_shows_the_layer_under_the_microscope(asked):
     asked.wait("KVLens.feed.latest.view.figure === 'heads'")
 
 
+def test_an_example_fills_the_prompt_and_offers_what_may_follow(visitor):
+    visitor.open(SHORT)
+    page, typed = visitor.page, "document.querySelector('#kv-prompt textarea').value"
+    page.click("#kv-chips >> text=A whole chapter")
+    visitor.wait(f"{typed}.includes('cyclone cellar')")
+    page.click(".kv-then.kv-is-open >> text=Where does Mira live?")
+    visitor.wait(f"{typed} === 'Where does Mira live?'")
+    page.click("#kv-chips >> text=A code to remember")
+    visitor.wait(f"{typed}.startsWith('My locker code')")
+    assert page.locator(".kv-then.kv-is-open").count() == 0
+    page.click("#kv-chips >> text=A whole chapter")
+    page.locator(".kv-then.kv-is-open").wait_for()
+    page.click("#kv-clear")
+    visitor.wait("!document.querySelector('.kv-then.kv-is-open')")
+
+
 def test_stop_ends_the_answer_in_under_half_a_second(visitor, endless):
     visitor.open("?max_new_tokens=1500")
     visitor.send("Tell me a very long story about a heron.")

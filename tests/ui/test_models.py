@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvlens.engine.errors import EngineError, ModelError
-from kvlens.ui.models import ModelHub, ModelRequest, parse_offer
+from kvlens.ui.models import SUGGESTED, ModelHub, ModelRequest, parse_offer
 
 
 def fake_load(name, *, progress, **options):
@@ -50,6 +50,14 @@ def test_every_change_wakes_who_waits(hub):
 @pytest.mark.parametrize(("offer", "parsed"), [(None, None), ("", None), ("none", []), ("a/b, c/d", ["a/b", "c/d"])])
 def test_offers(offer, parsed):
     assert parse_offer(offer) == parsed
+
+
+def test_names_to_choose_from_are_those_that_may_be_loaded():
+    for offered, shown in ((None, SUGGESTED), ([], []), (["a/b"], ["a/b"])):
+        hub = ModelHub(ModelRequest(), offered=offered, load=fake_load)
+        assert hub.choices == shown
+        for name in shown:
+            hub.check_allowed(name)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from kvlens.engine.registry import available
 from kvlens.engine.shape import ModelShape
 from kvlens.ui import text
 from kvlens.ui.controls import default_config
+from kvlens.ui.models import SUGGESTED
 
 REFERENCE_SHAPE = ModelShape(num_layers=32, num_query_heads=32, num_kv_heads=8, head_dim=128)
 REFERENCE_TOKENS = 32 * 1024
@@ -29,7 +30,7 @@ def draw(address: str) -> None:
             text.ABOUT_INTRO,
             f"{text.ABOUT_METHODS}\n\n{methods_table()}",
             text.ABOUT_NUMBERS,
-            text.ABOUT_LIMITS,
+            text.ABOUT_LIMITS.format(names=", ".join(f"`{name}`" for name in SUGGESTED)),
             text.ABOUT_API.format(address=address),
         ):
             gr.Markdown(part)

@@ -1,6 +1,5 @@
 """The Chat tab: two lanes under one prompt, and the live panels. Draws and wires; decides nothing."""
 
-import json
 from dataclasses import dataclass
 
 import gradio as gr
@@ -9,6 +8,7 @@ from kvlens.ui import controls, text
 from kvlens.ui.address import LIMITS, Sampling
 from kvlens.ui.handlers import ChatHandlers
 from kvlens.ui.learn_handlers import LearnHandlers
+from kvlens.ui.tabs import examples
 
 ENGINE_QUEUE = "engine"
 """Everything that computes shares this queue, one at a time: a run must not spoil another's clock."""
@@ -55,7 +55,7 @@ def mounted(name: str, script: str, value: str | None = None, **options) -> gr.H
     )
 
 
-def draw(handlers: ChatHandlers, examples: list[dict[str, str]]) -> ChatElements:
+def draw(handlers: ChatHandlers) -> ChatElements:
     first = handlers.first_frame()
     # The script names its custom events: gr.HTML only knows events that stand in its script.
     status = mounted("kv-status", "/* 'replay' */ KVLens.statusLine", elem_id="kv-status")
@@ -67,7 +67,7 @@ def draw(handlers: ChatHandlers, examples: list[dict[str, str]]) -> ChatElements
                 script = f"/* 'change' */ ((part) => KVLens.lane(part, '{lane_id}'))"
                 lanes.append(mounted("kv-lane", script, value, elem_id=f"kv-lane-{lane_id}"))
                 chats.append(_chat(lane_id, messages))
-    prompt, send, stop, regenerate, edit, clear, sampling = _asking(examples)
+    prompt, send, stop, regenerate, edit, clear, sampling = _asking()
     panels = mounted("kv-panels", "/* 'select' */ KVLens.panels", first.payload, elem_id="kv-panels")
     # It draws from the same stream as the panels, and is below them, as wide as the page.
     atoms = mounted("kv-atoms", "/* 'select' */ KVLens.atomsPanel", elem_id="kv-atoms")
@@ -97,27 +97,26 @@ def _chat(lane_id: str, messages) -> gr.Chatbot:
     )
 
 
-def _asking(examples: list[dict[str, str]]):
+def _asking():
     """The prompt box with its buttons, the example chips and the settings of a run."""
-    usual = Sampling()
+    usual, offered = Sampling(), examples.read_examples()
     with gr.Column(elem_id="kv-ask"):
         with gr.Row(elem_id="kv-ask-row"):
             prompt = gr.Textbox(
-                lines=1, max_lines=8, placeholder=text.PROMPT_PLACEHOLDER, show_label=False, container=False,
+                lines=1, max_lines=5, placeholder=text.PROMPT_PLACEHOLDER, show_label=False, container=False,
                 elem_id="kv-prompt", scale=1, autofocus=True,
             )  # fmt: skip
             send = gr.Button(text.SEND, variant="primary", elem_id="kv-send", scale=0, min_width=96)
             stop = gr.Button(text.STOP, variant="stop", elem_id="kv-stop", scale=0, min_width=96)
         with gr.Row(elem_id="kv-actions"):
-            chips = [
-                gr.Button(example["label"], size="sm", elem_classes="kv-chip-button", min_width=0, scale=0)
-                for example in examples
-            ]
+            with gr.Row(elem_id="kv-chips"):
+                chips = examples.draw_chips(offered)
             gr.HTML("", elem_classes="kv-spring")
             buttons = [
                 gr.Button(label, size="sm", elem_id=f"kv-{name}", elem_classes="kv-quiet-button", min_width=0, scale=0)
                 for name, label in (("regenerate", text.REGENERATE), ("edit", text.EDIT_LAST), ("clear", text.CLEAR))
             ]
+        follow_ups = examples.draw_follow_ups(offered)
         with gr.Accordion(text.SETTINGS, open=False, elem_id="kv-settings"):
             system = gr.Textbox(
                 usual.system_prompt, label=text.SYSTEM_PROMPT, placeholder=text.SYSTEM_PROMPT_HINT, lines=2
@@ -135,9 +134,7 @@ def _asking(examples: list[dict[str, str]]):
                     *LIMITS["top_p"], usual.top_p, step=0.01, label=text.TOP_P, info=text.TOP_P_HELP, min_width=290
                 )
                 seed = gr.Number(usual.seed, label=text.SEED, info=text.SEED_HELP, precision=0, min_width=290)
-    for chip, example in zip(chips, examples, strict=True):
-        filled = json.dumps([example["prompt"], example.get("system", "")])
-        chip.click(None, None, [prompt, system], js=f"() => {filled}", api_visibility="private", queue=False)
+    examples.wire(offered, chips, follow_ups, prompt, clear=buttons[-1])
     return prompt, send, stop, *buttons, [system, max_new, temperature, top_p, seed]
 
 
