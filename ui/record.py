@@ -15,6 +15,7 @@ from kvlens.ui.address import make_sampling
 from kvlens.ui.heat import View
 from kvlens.ui.recording import Recording, to_bytes
 from kvlens.ui.session import Session, Ticket
+from kvlens.ui.tabs.examples import read_examples
 
 FACTS = (
     "I keep a notebook of our village. Mira is the baker and her oven is blue. Tom mends boats and his dog is called "
@@ -40,9 +41,15 @@ class Plan:
     layer: int | None = None
 
 
+def chapters() -> tuple[str, ...]:
+    """The longest example, and the questions that go on from it."""
+    example = max(read_examples(), key=lambda one: len(one.prompt))
+    return (example.prompt, *(one.prompt for one in example.then))
+
+
 STANDARD = (
     Plan("1-a-fact-then-a-story", (FACTS, "Tell me a long story about a fox and a lantern.")),
-    Plan("2-a-fact-out-of-a-long-text", (FACTS,), max_new_tokens=60),
+    Plan("2-facts-out-of-two-chapters", chapters(), max_new_tokens=60),
     Plan(
         "3-two-bits-against-four",
         ("Tell me a long story about a small boat on the sea.",),

@@ -24,7 +24,8 @@ from kvlens.engine.model import LoadedModel, load_model
 EMBEDDED_NAMES = ("embedded", "embedded model")
 """The second is what the page calls it, and so what its advice says."""
 
-DEFAULT_KINDS = ("pre-rope-4096-v2", "pre-rope-1024-v1-centred", "post-rope-1024-v1-centred")
+DEFAULT_KINDS = ("pre-rope-4096-v2", "pre-rope-1024-v1-centred", "post-rope-1024-v1-centred", "post-rope-1024-v1")
+"""Every kind that a preset of CSR asks for, and keys after RoPE with their means taken off."""
 
 
 def main(arguments: list[str] | None = None) -> int:

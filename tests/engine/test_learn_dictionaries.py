@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from kvlens.engine.dictionaries import DictionaryKind, DictionaryStore, fingerprint
-from kvlens.engine.dictionaries.__main__ import main
+from kvlens.engine.dictionaries.__main__ import DEFAULT_KINDS, main
 from kvlens.engine.dictionaries.calibration import Collected, collect, digest, read_documents, rows_of
 from kvlens.engine.dictionaries.learn import LearnOptions, learn
 from kvlens.engine.dictionaries.merging import MergeLimits
 from kvlens.engine.errors import EngineError
+from kvlens.engine.registry import method
 
 KINDS = [DictionaryKind("pre_rope", 32, 2), DictionaryKind("post_rope", 32, 1, is_centred=True)]
 OPTIONS = LearnOptions(num_tokens=600, row_tokens=100, epochs=1)
@@ -169,3 +170,8 @@ def test_the_command_learns_lists_and_checks(tiny_folder, tiny_model, tmp_path, 
     assert KINDS[0].name in capsys.readouterr().out
     assert main([*train, "--kind", "none"]) == 1
     assert "pre-rope-1024-v2" in capsys.readouterr().err
+
+
+def test_one_command_learns_what_every_preset_asks_for():
+    wanted = {config.kind.name for config in method("csr").presets.values()}
+    assert wanted <= {*DEFAULT_KINDS}

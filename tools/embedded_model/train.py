@@ -55,7 +55,7 @@ class Recipe:
         ((256,), 7e6),
         ((512,), 9e6),
         ((1024,), 12e6),
-        ((512, 1024, 2048, 1024), float("inf")),
+        ((1024, 512, 2048, 1024, 4096, 1024), float("inf")),
     )
     matrix_learning_rate: float = 0.02
     vector_learning_rate: float = 0.003
