@@ -10,15 +10,18 @@ tools/embedded_model/README.md says.
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
+
+import torch
+from transformers import DynamicCache
 
 from benchmarks import report
 from kvlens.engine.config import MethodConfig
 from kvlens.engine.estimate import bits_per_value
-from kvlens.engine.generate import generate
-from kvlens.engine.methods.dense import DenseConfig
+from kvlens.engine.generate import forward
 from kvlens.engine.model import LoadedModel, load_model
 from kvlens.engine.registry import available
 from tools.embedded_model.corpus import read_texts
@@ -49,12 +52,20 @@ class Row:
     points_error: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
-    """Which questions were answered right, and the cache's mean bits a value when the answers ended."""
+    """Which questions a method answered right, and its bits a value when each answer ended."""
 
-    is_right: list[bool]
-    bits_per_value: float
+    is_right: list[bool] = field(default_factory=list)
+    bits_per_value: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the network has read. Shapes: logits `[V]` after it; each layer's keys, values `[1, HK, T, D]`."""
+
+    logits: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def questions_of(model: LoadedModel, prose: str, lengths: Sequence[int], count: int) -> dict[int, list[RecallQuestion]]:
@@ -73,20 +84,41 @@ def questions_of(model: LoadedModel, prose: str, lengths: Sequence[int], count: 
     return made
 
 
-def answer_all(model: LoadedModel, method: str, config: MethodConfig, questions: Sequence[RecallQuestion]) -> Answers:
-    """Every question in a cache of its own."""
-    is_right, bits = [], 0.0
+def read_prompt(model: LoadedModel, messages: Sequence[dict[str, str]]) -> Prompt:
+    """One forward pass over the question: no method changes it, so all of them share it."""
+    ids = torch.tensor([model.encode(model.render_chat(messages))], device=model.device)
+    with torch.inference_mode():
+        result = model.network(ids, past_key_values=DynamicCache(), logits_to_keep=1)
+    return Prompt(result.logits[0, -1], [(layer.keys, layer.values) for layer in result.past_key_values.layers])
+
+
+def answer_from(model: LoadedModel, method: str, config: MethodConfig, prompt: Prompt) -> tuple[str, float]:
+    """The greedy answer from a cache of that method, and its bits a value at the end."""
+    cache = model.new_cache(method, config)
+    with cache.prefill():
+        for layer, (keys, values) in enumerate(prompt.layers):
+            cache.append(layer, keys, values)
+    tokens, logits = [], prompt.logits
+    while (token := int(logits.argmax())) not in model.end_tokens and len(tokens) < MAX_ANSWER_TOKENS:
+        tokens.append(token)
+        logits = forward(model, cache, [token]).logits
+    bits = bits_per_value(cache.footprint(), model.shape)
+    cache.free()
+    return model.decode(tokens), bits
+
+
+def ask_all(
+    model: LoadedModel, presets: dict[str, tuple[str, MethodConfig]], questions: Iterable[RecallQuestion]
+) -> dict[str, Answers]:
+    """Every question to every preset."""
+    found = {title: Answers() for title in presets}
     for question in questions:
-        cache = model.new_cache(method, config)
-        prompt = model.encode(model.render_chat(question.messages))
-        tokens = [
-            token for token in generate(model, cache, prompt, max_new_tokens=MAX_ANSWER_TOKENS)
-            if token not in model.end_tokens
-        ]  # fmt: skip
-        is_right.append(is_recalled(question, model.decode(tokens)))
-        bits += bits_per_value(cache.footprint(), model.shape)
-        cache.free()
-    return Answers(is_right, bits / len(questions))
+        prompt = read_prompt(model, question.messages)
+        for title, (method, config) in presets.items():
+            reply, bits = answer_from(model, method, config, prompt)
+            found[title].is_right.append(is_recalled(question, reply))
+            found[title].bits_per_value.append(bits)
+    return found
 
 
 def paired(method: str, prompt_tokens: int | None, answers: Answers, exact: Answers) -> Row:
@@ -97,17 +129,28 @@ def paired(method: str, prompt_tokens: int | None, answers: Answers, exact: Answ
     difference = (gained - lost) / count
     error = 1.96 * math.sqrt(((gained + lost) / count - difference**2) / count)
     return Row(
-        method, prompt_tokens, count, answers.bits_per_value, sum(answers.is_right) / count,
+        method, prompt_tokens, count, mean(answers.bits_per_value), sum(answers.is_right) / count,
         sum(exact.is_right) / count, lost, gained, 100 * difference, 100 * error,
     )  # fmt: skip
 
 
-def together(parts: Sequence[Answers]) -> Answers:
-    """The answers of several lengths as one; as many questions of each."""
-    return Answers(
-        [right for part in parts for right in part.is_right],
-        sum(part.bits_per_value for part in parts) / len(parts),
-    )
+def together(parts: Iterable[Answers]) -> Answers:
+    """The answers of several lengths as one."""
+    whole = Answers()
+    for part in parts:
+        whole.is_right += part.is_right
+        whole.bits_per_value += part.bits_per_value
+    return whole
+
+
+def rows_of(found: dict[int, dict[str, Answers]]) -> list[Row]:
+    """For each preset a row a length, then one of all."""
+    rows = []
+    for title in next(iter(found.values())):
+        rows += [paired(title, length, answers[title], answers[EXACT]) for length, answers in found.items()]
+        own, exact = (together(answers[name] for answers in found.values()) for name in (title, EXACT))
+        rows.append(paired(title, None, own, exact))
+    return rows
 
 
 def main() -> None:
@@ -118,25 +161,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=(500, 1000, 2000), help="lengths of the prompts")
     parser.add_argument("--methods", nargs="+", help="names of presets; all of them without it")
     options = parser.parse_args()
-    _, held_out = read_texts(options.data)
-    model = load_model(options.model)
-    questions = questions_of(model, "\n".join(held_out.books), options.tokens, options.questions)
     presets = {title: (entry.name, config) for entry in available().values() for title, config in entry.presets.items()}
-    wanted = [title for title in presets if title != EXACT and (not options.methods or title in options.methods)]
     if unknown := {*(options.methods or ())} - {*presets}:
         raise SystemExit(f"--methods must be presets, got {sorted(unknown)}; there are: {', '.join(presets)}")
+    if options.methods:
+        presets = {title: presets[title] for title in dict.fromkeys((EXACT, *options.methods))}
+    _, held_out = read_texts(options.data)
+    model = load_model(options.model)
     print(f"{model.name} on {model.device_name}")
-    exact = {length: answer_all(model, "dense", DenseConfig(), asked) for length, asked in questions.items()}
-    rows: list[Row] = []
-    for title in (EXACT, *wanted):
-        name, config = presets[title]
-        found = exact if title == EXACT else {
-            length: answer_all(model, name, config, asked) for length, asked in questions.items()
-        }  # fmt: skip
-        rows += [paired(title, length, found[length], exact[length]) for length in questions]
-        rows.append(paired(title, None, together([*found.values()]), together([*exact.values()])))
-        report.show(rows[-len(questions) - 1 :])
+    questions = questions_of(model, "\n".join(held_out.books), options.tokens, options.questions)
+    found: dict[int, dict[str, Answers]] = {}
+    for length, asked in questions.items():
+        found[length] = ask_all(model, presets, asked)
+        rows = rows_of(found)
+        report.show([row for row in rows if row.prompt_tokens == length])
         report.save("recall", rows, model.device)
+    report.show([row for row in rows if row.prompt_tokens is None])
 
 
 if __name__ == "__main__":
