@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "screenshots"
-PROMPT = "Tell me a story about a heron and an old keeper by the water."
+PROMPT = "Tell me a story about a dragon."
 DESKTOP = {"width": 1600, "height": 1000}
 PHONE = {"width": 390, "height": 844}
 

@@ -17,14 +17,7 @@ from kvlens.ui.recording import Recording, to_bytes
 from kvlens.ui.session import Session, Ticket
 from kvlens.ui.tabs.examples import read_examples
 
-FACTS = (
-    "I keep a notebook of our village. Mira is the baker and her oven is blue. Tom mends boats and his dog is called "
-    "Pip. Old Anna keeps bees behind the school. The mill belongs to Jonas, who plays the drum on Sundays. Lena drives "
-    "the bus to the town every morning. The small shop near the bridge is run by Sara, and she sells apples, bread "
-    "and candles. On Friday there is a market by the church. In winter the lake freezes and the children skate on "
-    "it until it is dark. In spring the river is high and the bridge is closed for a week. My brother Max lives in "
-    "the red house on the hill. What is the name of Tom's dog?"
-)
+STORIES = ("Tell me a story about a boat.", "Tell me a story about a dragon.")
 
 
 @dataclass(frozen=True)
@@ -48,15 +41,15 @@ def chapters() -> tuple[str, ...]:
 
 
 STANDARD = (
-    Plan("1-a-fact-then-a-story", (FACTS, "Tell me a long story about a fox and a lantern.")),
+    Plan("1-two-stories", STORIES),
     Plan("2-facts-out-of-two-chapters", chapters(), max_new_tokens=60),
     Plan(
         "3-two-bits-against-four",
-        ("Tell me a long story about a small boat on the sea.",),
+        STORIES[:1],
         lane_a="kivi:residual_length=32",
         lane_b="kivi:residual_length=32,key_bits=4,value_bits=4",
     ),
-    Plan("4-sparse-codes-against-two-bits", (FACTS, "Tell me a long story about a fox and a lantern."), "kivi", "csr"),
+    Plan("4-sparse-codes-against-two-bits", STORIES, "kivi", "csr"),
 )
 
 

@@ -21,7 +21,7 @@ WIDTH, HEIGHT, MARGIN = 720, 300, 56
 SERIES = (
     ("train_loss", "training loss (weighted nats)", "#0072B2", 0.0, 6.0),
     ("held_out_loss", "held-out loss (weighted nats)", "#D55E00", 0.0, 6.0),
-    ("recall_accuracy", "tokens copied right, unseen wordings (0 to 1)", "#009E73", 0.0, 1.0),
+    ("recall_accuracy", "values copied right, unseen wordings", "#009E73", 0.0, 1.0),
 )
 
 
@@ -69,7 +69,7 @@ def curve_svg(rows: list[dict[str, str]]) -> str:
     for index, (name, label, colour, low, high) in enumerate(SERIES):
         line = " ".join(point(row, name, low, high) for row in rows)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{MARGIN + 215 * index}" y="24" fill="{colour}">{label}</text>')
+        parts.append(f'<text x="{MARGIN + 205 * index}" y="24" fill="{colour}">{label}</text>')
     caption = f"tokens read, 0 to {last / 1e6:.1f} million"
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 18}" text-anchor="middle" fill="#333333">{caption}</text></svg>')
     return "\n".join(parts) + "\n"
