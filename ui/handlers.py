@@ -47,7 +47,7 @@ class ChatHandlers:
             "is_loading": hub.is_loading,
             "progress": hub.progress,
             "problem": hub.problem,
-            "can_change": hub.offered is None or bool(hub.offered),
+            "can_change": bool(hub.choices),
             "can_type": hub.offered is None,
             "offered": list(hub.choices),
             "recorded": self.runs.entries(),

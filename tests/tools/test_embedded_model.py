@@ -218,6 +218,7 @@ def test_a_curve_goes_on_where_the_run_before_it_ended(tmp_path):
         for step, loss in enumerate(losses, 1):
             append_row(path, (40 * step, 1000 * step, 256, "1.000", loss, loss, 0.5, 700))
     assert whole_curve(first, None) == first.read_text()
+    assert whole_curve(tmp_path / "no report yet", first) == first.read_text()
     first.write_text(whole_curve(second, first))
     assert [(row["step"], row["tokens"], row["train_loss"]) for row in read_curve(first)] == [
         ("40", "1000", "3.0"), ("80", "2000", "2.5"), ("120", "3000", "2.4"), ("160", "4000", "2.3"),

@@ -33,14 +33,16 @@ def append_row(path: Path, values: Sequence[object]) -> None:
 
 
 def read_curve(path: Path) -> list[dict[str, str]]:
-    """All reports of a curve."""
+    """All reports of a curve; none if a run ended before its first."""
+    if not path.exists():
+        return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def whole_curve(path: Path, before: Path | None) -> str:
     """The curve of a run as CSV, behind that of the run it went on from: steps and tokens are counted through."""
-    rows = read_curve(before) if before is not None and before.exists() else []
+    rows = read_curve(before) if before is not None else []
     steps, tokens = (int(rows[-1]["step"]), int(rows[-1]["tokens"])) if rows else (0, 0)
     for row in read_curve(path):
         rows.append(row | {"step": int(row["step"]) + steps, "tokens": int(row["tokens"]) + tokens})
