@@ -89,6 +89,7 @@ def write_card(model_folder: Path) -> None:
         "decode": f"{figures['decode_tokens_per_second']:.0f}",
         "perplexity_table": perplexity_table(figures),
         "recall_unseen": recall_table(figures["recall_one_fact_unseen_wording"]),
+        "recall_second": recall_table(figures["recall_one_fact_second_wording"]),
         "recall_subject": recall_table(figures["recall_one_fact_unseen_wording_and_subject"]),
         "recall_seen": recall_table(figures["recall_one_fact_seen_wording"]),
         "recall_four": recall_table(figures["recall_four_facts_unseen_wording"]),

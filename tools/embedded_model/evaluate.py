@@ -29,6 +29,7 @@ LENGTHS_TOKENS = (250, 500, 1000, 2000, 4000)
 # question, openers, closers), "subject" every attribute, thing and adjective; names and values are always fresh.
 RECALL_TABLES = {
     "recall_one_fact_unseen_wording": {"num_facts": 1, "split": "held_out", "subjects": "train"},
+    "recall_one_fact_second_wording": {"num_facts": 1, "split": "second", "subjects": "train"},
     "recall_one_fact_unseen_wording_and_subject": {"num_facts": 1, "split": "held_out", "subjects": "held_out"},
     "recall_one_fact_seen_wording": {"num_facts": 1, "split": "train", "subjects": "train"},
     "recall_four_facts_unseen_wording": {"num_facts": 4, "split": "held_out", "subjects": "train"},

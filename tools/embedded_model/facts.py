@@ -1,7 +1,7 @@
 """Facts in three sentences (told, asked for, answered) with values drawn at random.
 
-Words and wordings come in two disjoint splits, `train` and `held_out`. The module does not know how a chat is
-built from facts.
+Words and wordings come in disjoint splits, `train` and `held_out`; `second` has the words of `held_out` in sentences of
+its own. The module does not know how a chat is built from facts.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from random import Random
 
 from . import echoes, phrasing, relations, words
 from . import wordings as w
+from .sentences import Draw, Sentences
 from .wordings import wordings
 
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "second")
+# The other facts belong to a family. Training has many families to see.
+SUBJECT_SHARE = {"train": 0.4, "held_out": 0.55, "second": 0.55}
 # Values that make no sense for their question can only be copied.
 ODD_VALUE_SHARE = 0.5
 # Training sentences built by `phrasing` instead of taken from a list.
@@ -48,7 +51,7 @@ def split_parts(parts: tuple, split: str) -> tuple:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     num_held_out = max(1, len(parts) // 5)
-    return parts[-num_held_out:] if split == "held_out" else parts[:-num_held_out]
+    return parts[:-num_held_out] if split == "train" else parts[-num_held_out:]
 
 
 @cache
@@ -132,7 +135,7 @@ def draw_fact(random: Random, split: str, *, subjects: str | None = None) -> Fac
     subjects = split if subjects is None else subjects
     if split == "train" and random.random() < RELATION_SHARE:
         return _related(random, relations.relation(random, draws(random, split)))
-    if random.random() < 0.55:
+    if random.random() < SUBJECT_SHARE[split]:
         return _subject_fact(random, split, subjects)
     parts = wordings(split)
     family = random.choice(parts.new_families if parts.new_families and random.random() < 0.2 else parts.families)
@@ -174,9 +177,9 @@ def _loose_questions(kind: str, named: frozenset[str]) -> tuple[str, ...]:
     return tuple(q for f in families if f.value_kind == kind for q in f.questions if _named(q) and _named(q) <= named)
 
 
-def draws(random: Random, split: str) -> relations.Draw:
+def draws(random: Random, split: str) -> Draw:
     """What fills a relation drawn at random: names, things, nouns and values of `split`."""
-    return relations.Draw(
+    return Draw(
         person=lambda: draw_person(random, split),
         thing=lambda: draw_thing(random, split),
         noun=lambda: draw_noun(random, split),
@@ -199,7 +202,7 @@ def draw_echo(random: Random, sentence: str) -> tuple[str, Fact] | None:
     return made and (made.sentence, Fact(made.clause, made.question, made.answer, made.value))
 
 
-def _related(random: Random, sentences: relations.Sentences) -> Fact:
+def _related(random: Random, sentences: Sentences) -> Fact:
     question = sentences.question
     if random.random() < NOISY_QUESTION_SHARE:
         question = relations.noisy(random, question)

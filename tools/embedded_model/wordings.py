@@ -1,8 +1,9 @@
-"""Sentence parts from which facts, questions and chats are built: read from `wordings/train` and `wordings/held_out`.
+"""Sentence parts from which facts, questions and chats are built: read from the folders of `wordings`.
 
 Placeholders: `{s}` subject as the user says it, `{z}` the same as the assistant says it, `{p}` and `{q}` persons,
-`{t}` thing, `{v}` value, `{n}` what a story is about. Training never sees a file of `wordings/held_out`. What the
-assistant says has no split and stands below.
+`{t}` thing, `{v}` value, `{n}` what a story is about. Training never sees a file of `held_out` or `second`. The first
+was at hand while `train` grew, and what it failed in was known; `second` was written afterwards by somebody who had
+seen neither, and is for measuring alone. What the assistant says has no split and stands below.
 """
 
 from __future__ import annotations
@@ -48,10 +49,12 @@ class Wordings:
 
 @cache
 def wordings(split: str) -> Wordings:
-    """The wordings of `split`, `train` or `held_out`."""
+    """The wordings of `split`, a folder's name; but for families, what `second` does not have is that of `held_out`."""
     parts = {}
     for name in Wordings.__dataclass_fields__:
         path = FOLDER / split / f"{name}.txt"
+        if split == "second" and not path.exists() and not name.endswith("families"):
+            path = FOLDER / "held_out" / path.name
         text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
         if name.endswith("families"):
             parts[name] = tuple(_family(block) for block in text.split("\n\n") if block)
