@@ -1,17 +1,20 @@
 """What packing costs recall: the same questions, answered with the exact cache and with each method's.
 
     python -m benchmarks.recall --data DIR [--questions 1000] [--tokens 500 1000 2000] [--methods PRESET ...]
+        [--processes 2]
 
 A fact lies between the sentences of a book that the embedded model has not read, in words that it has not read
 either, and is asked for at the end (tools/embedded_model/recall.py). Answers are greedy. Questions are paired: what
-counts is which of them a method loses and gains against the exact cache. DIR is laid out as
-tools/embedded_model/README.md says.
+counts is which of them a method loses and gains against the exact cache. Nothing is timed: on a CPU a process for each
+core is the fastest. DIR is laid out as tools/embedded_model/README.md says.
 """
 
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -28,6 +31,7 @@ from tools.embedded_model.corpus import read_texts
 from tools.embedded_model.evaluate import DEPTHS, MAX_ANSWER_TOKENS, is_recalled
 from tools.embedded_model.recall import RecallQuestion, recall_questions
 
+Presets = dict[str, tuple[str, MethodConfig]]
 SEED = 23
 EXACT = "fp16, exact"
 
@@ -107,9 +111,7 @@ def answer_from(model: LoadedModel, method: str, config: MethodConfig, prompt: P
     return model.decode(tokens), bits
 
 
-def ask_all(
-    model: LoadedModel, presets: dict[str, tuple[str, MethodConfig]], questions: Iterable[RecallQuestion]
-) -> dict[str, Answers]:
+def ask_all(model: LoadedModel, presets: Presets, questions: Iterable[RecallQuestion]) -> dict[str, Answers]:
     """Every question to every preset."""
     found = {title: Answers() for title in presets}
     for question in questions:
@@ -119,6 +121,22 @@ def ask_all(
             found[title].is_right.append(is_recalled(question, reply))
             found[title].bits_per_value.append(bits)
     return found
+
+
+def _ask_part(name: str | None, presets: Presets, questions: Sequence[RecallQuestion]) -> dict[str, Answers]:
+    """What a process of several does: a model of its own, on one thread, for its part of the questions."""
+    torch.set_num_threads(1)
+    return ask_all(load_model(name), presets, questions)
+
+
+def ask_in_processes(
+    name: str | None, presets: Presets, questions: Sequence[RecallQuestion], count: int
+) -> dict[str, Answers]:
+    """`ask_all` by `count` processes; the answers come in another order, the same for every preset."""
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        asked = [pool.submit(_ask_part, name, presets, questions[first::count]) for first in range(count)]
+        parts = [part.result() for part in asked]
+    return {title: together(part[title] for part in parts) for title in presets}
 
 
 def paired(method: str, prompt_tokens: int | None, answers: Answers, exact: Answers) -> Row:
@@ -135,7 +153,7 @@ def paired(method: str, prompt_tokens: int | None, answers: Answers, exact: Answ
 
 
 def together(parts: Iterable[Answers]) -> Answers:
-    """The answers of several lengths as one."""
+    """The answers of several parts as one."""
     whole = Answers()
     for part in parts:
         whole.is_right += part.is_right
@@ -160,6 +178,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000, help="at least so many for each method")
     parser.add_argument("--tokens", type=int, nargs="+", default=(500, 1000, 2000), help="lengths of the prompts")
     parser.add_argument("--methods", nargs="+", help="names of presets; all of them without it")
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the questions, a thread each")
     options = parser.parse_args()
     presets = {title: (entry.name, config) for entry in available().values() for title, config in entry.presets.items()}
     if unknown := {*(options.methods or ())} - {*presets}:
@@ -172,7 +191,10 @@ def main() -> None:
     questions = questions_of(model, "\n".join(held_out.books), options.tokens, options.questions)
     found: dict[int, dict[str, Answers]] = {}
     for length, asked in questions.items():
-        found[length] = ask_all(model, presets, asked)
+        if options.processes > 1:
+            found[length] = ask_in_processes(options.model, presets, asked, options.processes)
+        else:
+            found[length] = ask_all(model, presets, asked)
         rows = rows_of(found)
         report.show([row for row in rows if row.prompt_tokens == length])
         report.save("recall", rows, model.device)

@@ -2,7 +2,17 @@
 
 import pytest
 
-from benchmarks.recall import EXACT, Answers, answer_from, ask_all, paired, questions_of, read_prompt, rows_of
+from benchmarks.recall import (
+    EXACT,
+    Answers,
+    answer_from,
+    ask_all,
+    ask_in_processes,
+    paired,
+    questions_of,
+    read_prompt,
+    rows_of,
+)
 from kvlens.engine.generate import generate
 from kvlens.engine.methods.dense import DenseConfig
 from kvlens.engine.methods.kivi import KiviConfig
@@ -59,3 +69,12 @@ def test_questions_are_of_the_length_asked_for_and_answered(model):
     assert found[EXACT] == found["again"]
     assert any(found[EXACT].is_right)
     assert min(found[EXACT].bits_per_value) >= 16 > max(found["packed"].bits_per_value) > 2
+
+
+def test_processes_share_the_questions_and_lose_none(model):
+    questions = questions_of(model, PROSE, (150,), 5)[150]
+    presets = {EXACT: ("dense", DenseConfig()), "packed": ("kivi", KiviConfig(residual_length=32))}
+    alone, shared = ask_all(model, presets, questions), ask_in_processes(None, presets, questions, 2)
+    order = [0, 2, 4, 1, 3]
+    for title in presets:
+        assert shared[title].is_right == [alone[title].is_right[index] for index in order]
