@@ -23,6 +23,7 @@ from tools.embedded_model.train import (
     Trainer,
     export,
     load_weights,
+    main,
     run,
 )
 
@@ -223,6 +224,13 @@ def test_a_curve_goes_on_where_the_run_before_it_ended(tmp_path):
     assert [(row["step"], row["tokens"], row["train_loss"]) for row in read_curve(first)] == [
         ("40", "1000", "3.0"), ("80", "2000", "2.5"), ("120", "3000", "2.4"), ("160", "4000", "2.3"),
     ]  # fmt: skip
+
+
+def test_a_run_that_would_start_from_its_own_result_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--data", "none", "--start", str(tmp_path), "--out", f"{tmp_path}/."])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--out must be another folder than --start" in capsys.readouterr().err
 
 
 def test_the_clock_walks_down_though_the_time_is_over():

@@ -334,6 +334,9 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true", help="write the latest checkpoint to --out and leave")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if options.start is not None and options.start.resolve() == options.out.resolve():
+        # Run twice, it would begin with its own result and join its own curve to itself.
+        parser.error(f"--out must be another folder than --start, got {options.out} for both; choose a new folder")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     clock = None
