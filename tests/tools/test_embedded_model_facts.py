@@ -190,6 +190,17 @@ def test_a_noisy_question_keeps_the_words_that_say_what_is_meant():
         assert {"code", "silver", "gate"} <= set(noisy)
 
 
+def test_in_training_many_facts_are_the_first_thing_that_is_told():
+    fact = facts.Fact("my code is 42", "what is my code", "Your code is 42.", "42")
+    first = dict.fromkeys(facts.SPLITS, 0)
+    for split in facts.SPLITS:
+        for seed in range(200):
+            text = recall.hide_facts(Random(seed), PROSE, [fact], split)[0][0]
+            first[split] += "my code is 42" in text.lower()
+    assert first["train"] > 30
+    assert max(first["held_out"], first["second"]) < 10
+
+
 def test_facts_asked_for_twice_are_asked_in_other_words_the_second_time():
     told = [
         facts.Fact(f"my code {i} is {i}", f"what is code {i}", f"it is {i}.", str(i), f"code {i}") for i in range(40)
