@@ -39,7 +39,8 @@ KVLens.memoryPanel = (root) => {
       const [xaxis, yaxis] = [index ? `x${index + 1}` : "x", "y"];
       const side = [index * width + (index ? 0.02 : 0), (index + 1) * width - (index === lanes.length - 1 ? 0 : 0.02)];
       layout[index ? `xaxis${index + 1}` : "xaxis"] = KVLens.plots.axis(words.tokens, {
-        domain: side, range: [start, end], nticks: 4, anchor: "y", fixedrange: true,
+        // Long numbers at the end of one lane would run into those at the start of the next.
+        domain: side, range: [start, end], nticks: end < 1000 ? 4 : 3, anchor: "y", fixedrange: true,
       });
       const x = Array.from(lane.series);
       for (const [part, packed] of Object.entries(lane.memory.parts)) {
