@@ -113,12 +113,14 @@ def recall() -> str:
         whole = found[name, ""]
         change = f"{float(whole['points']):+.1f} ± {float(whole['points_error']):.1f}"
         rows.append([name, _short(whole["bits_per_value"]), *(_percent(row["recall"]) for row in own), change])
+    unasked = [title for entry in available().values() for title in entry.presets if (title, "") not in found]
     columns = ["method", "bits a value", *(f"{length:,} tokens" for length in lengths), "points against exact"]
     return table(columns, rows) + (
         f"\n\nEmbedded model: right answers about one fact in a book's text, at every depth, in words never seen in "
         f"training. Every method answers the same {int(whole['questions']):,} questions; the last column is the "
         "difference to the exact cache in percentage points, with its 95 % interval; "
-        f"{whole['device']}, torch {whole['torch']}, {whole['date']}. `python -m benchmarks.recall --data DIR`"
+        + (f"not asked with these weights: {' · '.join(unasked)}; " if unasked else "")
+        + f"{whole['device']}, torch {whole['torch']}, {whole['date']}. `python -m benchmarks.recall --data DIR`"
     )
 
 

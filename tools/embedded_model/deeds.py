@@ -54,8 +54,8 @@ class Scene(NamedTuple):
     """One kind of scene: the kind of its value, how it is told and asked for, and the answer.
 
     `{S}`, `{O}` and `{G}` are the doer as subject, object and owner (Tom, Tom, Tom's; I, me, my), `{was}`, `{has}` and
-    `{does}` agree with it. `{b}`, `{d}` and `{q}` are base, past and participle of a verb, `{n}` and `{m}` nouns,
-    `{u}` a plural, `{i}` a preposition, `{t}` a thing and `{v}` the value.
+    `{does}` agree with it. `{b}`, `{d}` and `{q}` are base, past and participle of a verb, `{n}` a noun, `{u}` a
+    plural, `{i}` a preposition, `{t}` a thing and `{v}` the value.
     """
 
     kind: str
