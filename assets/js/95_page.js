@@ -11,12 +11,13 @@ KVLens.panels = (component) => {
   ];
   const off = new URLSearchParams(location.search).has("panels_off");
   // One panel a frame: three drawings in one frame would make it a long one.
-  let [payload, turn] = [null, 0];
+  // A round draws one payload in all of them: one that comes in its midst has the next round, or some would miss it.
+  let [payload, drawn, turn] = [null, null, 0];
   function step() {
-    const own = payload;
-    listeners[turn](own);
+    if (turn === 0) drawn = payload;
+    listeners[turn](drawn);
     turn = (turn + 1) % listeners.length;
-    if (turn > 0 || own !== payload) requestAnimationFrame(step);
+    if (turn > 0 || drawn !== payload) requestAnimationFrame(step);
     else payload = null;
   }
   KVLens.feed.listen((latest) => {
