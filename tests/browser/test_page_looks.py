@@ -15,6 +15,35 @@ WHITE_BLOCKS = """() => [...document.querySelectorAll('*')].filter((node) => {
     return box.width * box.height > 6000 && /^rgb\\((2[3-5]\\d), (2[3-5]\\d), (2[2-5]\\d)\\)$/.test(colour);
 }).map((node) => `${node.tagName}#${node.id}.${node.className}`).filter((name) => !name.includes('kv-send'))"""
 
+# Sends two payloads, `apart` frames between them, and says what the panels show when no frame is waiting any more.
+SEND_TWO = """async (apart) => {
+    const native = window.requestAnimationFrame.bind(window), waiting = [];
+    const frames = async (count) => { while (count-- > 0) await new Promise(native); };
+    const turn = () => { for (const step of waiting.splice(0)) step(performance.now()); };
+    window.requestAnimationFrame = (step) => waiting.push(step);
+    await frames(2);
+    while (waiting.length) turn();
+    const marked = (number) => {
+        const payload = structuredClone(KVLens.feed.latest);
+        for (const lane of payload.lanes) {
+            lane.figures.live_bytes = number * 2 ** 20;
+            lane.path = `path ${number}`;
+        }
+        for (const entry of payload.errors.lanes) entry.means = [number / 100, number / 100];
+        return JSON.stringify(payload);
+    };
+    KVLens.feed.receive(marked(31));
+    for (let frame = 0; frame < apart; frame += 1) turn();
+    KVLens.feed.receive(marked(47));
+    while (waiting.length) turn();
+    window.requestAnimationFrame = native;
+    const text = (panel) => document.querySelector(`.kv-panel-${panel}`).textContent;
+    const shows = (panel, number) => text(panel).includes({
+        memory: KVLens.units.bytes(number * 2 ** 20), errors: KVLens.units.percent(number / 100), speed: `path ${number}`,
+    }[panel]);
+    return ["memory", "errors", "speed"].map((panel) => [panel, shows(panel, 31), shows(panel, 47)]);
+}"""
+
 
 @has_runs
 def test_a_recorded_run_is_painted_at_once_and_says_so(visitor):
@@ -38,6 +67,15 @@ def test_a_recorded_run_is_replayed(visitor):
     visitor.page.keyboard.press("Escape")
     visitor.wait("document.body.dataset.kvState === 'recorded'")
     assert visitor.payload()["lanes"][0]["figures"]["new_tokens"] == final
+
+
+@has_runs
+def test_all_panels_end_with_the_last_payload_whenever_it_comes(visitor):
+    visitor.open()
+    visitor.page.locator(".kv-heatmap .js-plotly-plot").first.wait_for()
+    for apart in range(6):
+        shown = visitor.page.evaluate(SEND_TWO, apart)
+        assert shown == [[panel, False, True] for panel in ("memory", "errors", "speed")], apart
 
 
 @pytest.mark.parametrize("query", ["", SHORT])
