@@ -39,7 +39,9 @@ SEND_TWO = """async (apart) => {
     window.requestAnimationFrame = native;
     const text = (panel) => document.querySelector(`.kv-panel-${panel}`).textContent;
     const shows = (panel, number) => text(panel).includes({
-        memory: KVLens.units.bytes(number * 2 ** 20), errors: KVLens.units.percent(number / 100), speed: `path ${number}`,
+        memory: KVLens.units.bytes(number * 2 ** 20),
+        errors: KVLens.units.percent(number / 100),
+        speed: `path ${number}`,
     }[panel]);
     return ["memory", "errors", "speed"].map((panel) => [panel, shows(panel, 31), shows(panel, 47)]);
 }"""

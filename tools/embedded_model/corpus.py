@@ -149,7 +149,7 @@ class RowMaker:
     """
 
     KINDS = ("passage", "chat", "lookup", "repeat", "sum", "dialogue", "story", "book", "small_talk")
-    SHARES = (40, 14, 6, 5, 8, 13, 15, 4, 1.5)
+    SHARES = (45, 14, 6, 5, 8, 13, 10, 4, 1.5)
     STORY_PROSE_SHARE = 0.1
     # Stories without a request, and requests without a topic.
     BARE_STORY_SHARE = 0.15

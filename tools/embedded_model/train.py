@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from . import attention
 from .corpus import RowMaker, read_texts, sample_for_tokenizer
 from .curve import CURVE_FIELDS, append_row, whole_curve
 from .tokenizer import BOS, END, PAD, as_chat_tokenizer, train_tokenizer
@@ -332,6 +333,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     parser.add_argument("--export-only", action="store_true", help="write the latest checkpoint to --out and leave")
+    parser.add_argument("--no-tiles", action="store_true", help="leave a CPU's AMX tiles unused: torch's own attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.start is not None and options.start.resolve() == options.out.resolve():
@@ -369,6 +371,8 @@ def main() -> None:
         device=options.device,
         compiled=not options.no_compile,
     )
+    if options.device == "cpu" and attention.has_tiles() and not options.no_tiles:
+        attention.use_tiles(trainer.model)
     if checkpoint.exists():
         trainer.load(checkpoint)
     elif options.start is not None:
