@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from kvlens.engine.model import EMBEDDED
 from tools.embedded_model import facts, recall
 from tools.embedded_model.card import write_card
 from tools.embedded_model.corpus import RowMaker, Texts, recast, story_topic
 from tools.embedded_model.curve import CURVE_FIELDS, append_row, read_curve, whole_curve
-from tools.embedded_model.evaluate import RECALL_TABLES
+from tools.embedded_model.evaluate import DEPTHS, RECALL_TABLES, recall_tables
 from tools.embedded_model.tokenizer import as_chat_tokenizer, train_tokenizer
 from tools.embedded_model.train import (
     STEEPEST_FALL,
@@ -273,3 +274,12 @@ def test_run_starts_from_the_weights_of_an_exported_model(texts, tokenizer, tmp_
     load_weights(second.model, tmp_path)
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], value.half().float(), rtol=0, atol=0)
+
+
+def test_processes_that_share_the_recall_questions_give_the_same_tables():
+    alone, shared = (recall_tables(EMBEDDED, PROSE, lengths=(150,), count=1, processes=number) for number in (1, 2))
+    assert alone == shared
+    assert [*alone] == [*RECALL_TABLES]
+    means = [table["150"]["mean"] for table in alone.values()]
+    assert all([*table["150"]] == [*(f"{depth:.2f}" for depth in DEPTHS), "mean"] for table in alone.values())
+    assert 0.5 < sum(means) / len(means) <= 1

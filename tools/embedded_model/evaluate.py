@@ -11,9 +11,12 @@ import csv
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 
 import torch
 import transformers
@@ -35,6 +38,7 @@ RECALL_TABLES = {
     "recall_four_facts_unseen_wording": {"num_facts": 4, "split": "held_out", "subjects": "train"},
 }
 MAX_ANSWER_TOKENS = 28
+Cell = tuple[str, int, float]  # name of the table, length in tokens, depth
 SAMPLE_PROMPTS = (
     "Hello! Who are you?",
     "Tell me a story about a fox.",
@@ -153,42 +157,67 @@ def is_recalled(question: RecallQuestion, reply: str) -> bool:
     return not after.isalnum() and not padded[position - 1].isalnum()
 
 
-def recall_table(
+def load(model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The exported model in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_folder)
+
+
+def recall_shares(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prose: str,
+    cells: Iterable[Cell],
     *,
-    lengths: Iterable[int],
     count: int,
-    num_facts: int,
-    split: str,
-    subjects: str | None = None,
     seed: int = 7,
-) -> dict[str, dict[str, float]]:
-    """Share of recalled values by length in tokens and depth; greedy answers with the exact cache."""
-    table: dict[str, dict[str, float]] = {}
-    for num_tokens in lengths:
-        table[str(num_tokens)] = {}
-        for depth in DEPTHS:
-            questions = recall_questions(
-                prose=prose,
-                num_tokens=num_tokens,
-                depth=depth,
-                count=count,
-                seed=seed,
-                num_facts=num_facts,
-                split=split,
-                subjects=subjects,
-                count_tokens=lambda messages: render(tokenizer, messages).shape[1],
-            )
-            right = [
-                is_recalled(q, answer(model, tokenizer, q.messages, max_new_tokens=MAX_ANSWER_TOKENS))
-                for q in questions
+) -> dict[Cell, float]:
+    """Share of recalled values in each cell, of `count` questions; greedy answers with the exact cache."""
+    shares: dict[Cell, float] = {}
+    for table, num_tokens, depth in cells:
+        questions = recall_questions(
+            prose=prose,
+            num_tokens=num_tokens,
+            depth=depth,
+            count=count,
+            seed=seed,
+            count_tokens=lambda messages: render(tokenizer, messages).shape[1],
+            **RECALL_TABLES[table],
+        )
+        right = [
+            is_recalled(q, answer(model, tokenizer, q.messages, max_new_tokens=MAX_ANSWER_TOKENS)) for q in questions
+        ]
+        shares[table, num_tokens, depth] = round(sum(right) / len(right), 4)
+        print(table, num_tokens, depth, shares[table, num_tokens, depth], flush=True)
+    return shares
+
+
+def _part_of_shares(model_folder: Path, prose: str, cells: list[Cell], count: int) -> dict[Cell, float]:
+    """What a process of several does: a model of its own, on one thread, for its part of the cells."""
+    torch.set_num_threads(1)
+    return recall_shares(*load(model_folder), prose, cells, count=count)
+
+
+def recall_tables(
+    model_folder: Path, prose: str, *, lengths: Sequence[int], count: int, processes: int = 1
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Every recall table: shares by length in tokens and depth, and their mean."""
+    cells = [(table, num_tokens, depth) for table in RECALL_TABLES for num_tokens in lengths for depth in DEPTHS]
+    if processes == 1:
+        shares = recall_shares(*load(model_folder), prose, cells, count=count)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            parts = [
+                pool.submit(_part_of_shares, model_folder, prose, cells[first::processes], count)
+                for first in range(processes)
             ]
-            table[str(num_tokens)][f"{depth:.2f}"] = round(sum(right) / len(right), 4)
-        table[str(num_tokens)]["mean"] = round(sum(table[str(num_tokens)].values()) / len(DEPTHS), 4)
-        print(num_tokens, table[str(num_tokens)], flush=True)
-    return table
+            shares = {cell: share for part in parts for cell, share in part.result().items()}
+    tables: dict[str, dict[str, dict[str, float]]] = {table: {} for table in RECALL_TABLES}
+    for table, row in tables.items():
+        for num_tokens in lengths:
+            by_depth = {f"{depth:.2f}": shares[table, num_tokens, depth] for depth in DEPTHS}
+            row[str(num_tokens)] = by_depth | {"mean": round(mean(by_depth.values()), 4)}
+    return tables
 
 
 @torch.inference_mode()
@@ -244,11 +273,12 @@ def decode_speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, 
     return round(num_tokens / (time.perf_counter() - started), 1)
 
 
-def evaluate(model_folder: Path, data: Path, *, count: int, max_tokens: int, lengths: tuple[int, ...]) -> dict:
-    """All figures of the model card."""
+def evaluate(
+    model_folder: Path, data: Path, *, count: int, max_tokens: int, lengths: Sequence[int], processes: int = 1
+) -> dict:
+    """All figures of the model card. Processes share the recall questions alone: nothing in them is timed."""
     started = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model, tokenizer = load(model_folder)
     load_seconds = round(time.perf_counter() - started, 2)
     _, held_out = read_texts(data)
     prose = "\n".join(held_out.books)
@@ -261,10 +291,7 @@ def evaluate(model_folder: Path, data: Path, *, count: int, max_tokens: int, len
         "num_recall_questions": count,
         "decode_tokens_per_second": decode_speed(model, tokenizer),
         "perplexity": perplexities(model, tokenizer, held_out, data / "eval", max_tokens=max_tokens),
-        **{
-            name: recall_table(model, tokenizer, prose, lengths=lengths, count=count, **made_of)
-            for name, made_of in RECALL_TABLES.items()
-        },
+        **recall_tables(model_folder, prose, lengths=lengths, count=count, processes=processes),
         "channel_outliers": channel_outliers(model, tokenizer, prose[40_000:60_000]),
         "samples": samples(model, tokenizer),
     }
@@ -285,13 +312,15 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=LENGTHS_TOKENS, help="context lengths in tokens, for recall"
     )
+    parser.add_argument("--processes", type=int, default=1, help="processes that share the questions, a thread each")
     options = parser.parse_args()
     figures = evaluate(
         options.model,
         options.data,
         count=options.count,
         max_tokens=options.max_tokens,
-        lengths=tuple(options.lengths),
+        lengths=options.lengths,
+        processes=options.processes,
     )
     out = options.out or options.model / "evaluation.json"
     out.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
