@@ -199,15 +199,22 @@ USER, USER_ANSWERED = Doer("I", "me", "my", "was", "have", "do"), Doer("you", "y
 def deed(random: Random, draw: Draw) -> Sentences:
     """A fact about what a person, or the user, did, has or is to somebody."""
     scene = _tie(random) if random.random() < TIE_SHARE else random.choice(SCENES)
-    nouns = [noun for noun in (draw.noun() for _ in range(8)) if noun not in NEVER_TRAINED]
     doer = USER if random.random() < USER_SHARE else Doer(*(name := draw.person(),) * 2, f"{name}'s")
     names = dict(zip("bdq", random.choice(DEEDS), strict=True))
-    names |= {"t": draw.thing(), "n": nouns[0], "u": plural(nouns[1]), "i": random.choice(PLACES_OF)}
+    names |= {"t": draw.thing(), "n": _trained_noun(draw), "u": plural(_trained_noun(draw))}
+    names["i"] = random.choice(PLACES_OF)
     special = {"thing": draw.thing, "noun": draw.noun}.get(scene.kind)
     names["v"] = special() if special else draw.value(scene.kind)
     answered = USER_ANSWERED if doer is USER else doer
     answer = scene.answer.format(**names, **answered._asdict())
     return filled(random, scene.statements, scene.questions, answer, names | doer._asdict())
+
+
+def _trained_noun(draw: Draw) -> str:
+    """A noun that training may see."""
+    while (noun := draw.noun()) in NEVER_TRAINED:
+        pass
+    return noun
 
 
 def _tie(random: Random) -> Scene:
