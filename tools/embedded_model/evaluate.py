@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 import transformers
@@ -263,14 +263,19 @@ def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed:
 
 
 @torch.inference_mode()
-def decode_speed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 200) -> float:
-    """Greedy tokens a second through `generate`, batch 1, after a short prompt."""
+def decode_speed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int = 100, rounds: int = 5
+) -> float:
+    """Greedy tokens a second through `generate`, batch 1, after a short prompt: the median of some rounds."""
     ids = render(tokenizer, [{"role": "user", "content": "Tell me a story about a fox."}])
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     model.generate(ids, max_new_tokens=8, **settings)
-    started = time.perf_counter()
-    model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **settings)
-    return round(num_tokens / (time.perf_counter() - started), 1)
+    speeds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **settings)
+        speeds.append(num_tokens / (time.perf_counter() - started))
+    return round(median(speeds), 1)
 
 
 def evaluate(
