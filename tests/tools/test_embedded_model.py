@@ -2,12 +2,14 @@
 
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kvlens.engine.model import EMBEDDED
 from tools.embedded_model import facts, recall
@@ -27,6 +29,7 @@ from tools.embedded_model.train import (
     main,
     run,
 )
+from tools.embedded_model.widening import widened
 
 PROSE = "The old mill stood by the river. Nobody had lived there for years. One day a boy opened the door. " * 40
 STORY = "Once there was a fox. The fox had a red hat. The fox lost the hat. A bird found the hat."
@@ -50,10 +53,10 @@ def tokenizer():
     return train_tokenizer([PROSE, STORY], vocab_size=400)
 
 
-def make_trainer(texts, tokenizer) -> Trainer:
-    shape = ModelShape(
-        vocab_size=400, hidden_size=64, num_layers=1, num_query_heads=2, num_key_value_heads=1, mlp_size=64
-    )
+SHAPE = ModelShape(vocab_size=400, hidden_size=64, num_layers=1, num_query_heads=2, num_key_value_heads=1, mlp_size=64)
+
+
+def make_trainer(texts, tokenizer, *, shape: ModelShape = SHAPE) -> Trainer:
     recipe = Recipe(tokens_per_step=512, stages=(((64,), 4096), ((64, 128), float("inf"))), warmup_steps=5)
     rows, held_out_rows = (
         RowMaker(texts, tokenizer, seed=1),
@@ -271,9 +274,31 @@ def test_run_starts_from_the_weights_of_an_exported_model(texts, tokenizer, tmp_
     first, second = make_trainer(texts, tokenizer), make_trainer(texts, tokenizer)
     first.train_step()
     export(first.model, tokenizer, tmp_path)
-    load_weights(second.model, tmp_path)
+    load_weights(second.model, tmp_path, seed=1)
     for name, value in first.model.state_dict().items():
         torch.testing.assert_close(second.model.state_dict()[name], value.half().float(), rtol=0, atol=0)
+
+
+def test_a_model_with_wider_mlps_computes_what_the_narrow_one_did_and_learns_with_all_of_them(
+    texts, tokenizer, tmp_path
+):
+    narrow = make_trainer(texts, tokenizer)
+    narrow.train_step()
+    export(narrow.model, tokenizer, tmp_path)
+    wide = make_trainer(texts, tokenizer, shape=replace(SHAPE, mlp_size=2 * SHAPE.mlp_size))
+    load_weights(wide.model, tmp_path, seed=1)
+    ids = torch.arange(40)[None]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(wide.model(ids).logits, exported(ids).logits, rtol=1e-5, atol=1e-5)
+    wide.train_step()
+    written = wide.model.model.layers[0].mlp.down_proj.weight[:, SHAPE.mlp_size :]
+    assert (written.abs().amax(dim=0) > 0).all()
+
+
+def test_an_mlp_cannot_be_made_narrower():
+    state = {"model.layers.0.mlp.up_proj.weight": torch.zeros(8, 4)}
+    with pytest.raises(ValueError, match="has 8 neurons, got mlp_size 6"):
+        widened(state, mlp_size=6, seed=1)
 
 
 def test_processes_that_share_the_recall_questions_give_the_same_tables():

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from tools.embedded_model import deeds, echoes, facts, phrasing, recall, relations, words
+from tools.embedded_model import clauses, deeds, echoes, facts, phrasing, recall, relations, words
 from tools.embedded_model import wordings as w
 from tools.embedded_model.wordings import wordings
 
@@ -119,6 +119,41 @@ def test_relations_drawn_at_random_can_be_answered_from_what_is_told():
             texts = (re.sub(r"\b(I|me|my)\b", "user", text) for text in (question, sentences.statement))
             asked_of = set.intersection(*(set(re.findall(r"[\w-]+", text)) for text in texts))
             assert asked_of - relations.DROPPED, (question, sentences.statement)
+
+
+def test_a_clause_tells_several_things_and_asks_for_each_of_them():
+    random = Random(2)
+    draw = facts.draws(random, "train")
+    drawn = [clauses.clause(random, draw) for _ in range(3000)]
+    for made in drawn:
+        assert made.statement.count(made.value) >= 1, made
+        assert not any(re.search(r"[{}]|  ", text) for text in made[:3]), made
+        assert not any(re.search(rf"\b{re.escape(made.value)}\b", text) for text in made[1:3]), made
+    asked = {word for made in drawn for word in re.findall(r"[a-z]+", made.question)}
+    assert asked >= {"who", "whom", "whose", "what", "where", "when", "why", "how", "often", "many", "which"}
+
+
+@pytest.mark.parametrize(
+    ("tense", "active", "asked", "passive"),
+    [
+        ("past", "Tom hid", "did Tom hide", "was hidden"),
+        ("present", "Tom hides", "does Tom hide", "is hidden"),
+        ("perfect", "Tom has hidden", "has Tom hidden", "has been hidden"),
+        ("will", "Tom will hide", "will Tom hide", "will be hidden"),
+    ],
+)
+def test_a_verb_takes_the_forms_of_its_tense(tense, active, asked, passive):
+    forms = clauses.tense_of(("hide", "hid", "hidden"), tense, is_third=True, has="has")
+    assert f"Tom {forms.active}" == active
+    assert f"{forms.auxiliary} Tom {forms.rest}" == asked
+    assert f"{forms.passive_auxiliary} {forms.passive_rest}" == passive
+
+
+@pytest.mark.parametrize(
+    ("base", "third"), [("carry", "carries"), ("catch", "catches"), ("buy", "buys"), ("see", "sees")]
+)
+def test_third_person(base, third):
+    assert clauses.third_person(base) == third
 
 
 def test_every_scene_can_be_told_of_a_person_and_of_the_user():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from random import Random
 
 from . import phrasing
+from .clauses import clause
 from .deeds import NEVER_TRAINED, deed
 from .sentences import Draw, Sentences, filled, plural
 from .wordings import wordings
@@ -49,6 +50,7 @@ DROPPED = frozenset(_SMALL_WORDS.split())
 # fmt: on
 # The other relations are attributes of a person, a thing or the user.
 DEED_SHARE = 0.55
+DEED_SHARES = (50, 38, 12)
 
 
 def attribute(random: Random, draw: Draw) -> str:
@@ -68,7 +70,7 @@ def attribute(random: Random, draw: Draw) -> str:
 def relation(random: Random, draw: Draw, *, owner: str | None = None, about: str | None = None) -> Sentences:
     """A fact under a relation drawn at random; `owner` and `about` (an attribute) fix parts of it."""
     if owner is None and about is None and random.random() < DEED_SHARE:
-        return deed(random, draw) if random.random() < 0.85 else _measure(random, draw)
+        return random.choices((deed, clause, _measure), DEED_SHARES)[0](random, draw)
     return _attribute(random, draw, owner, about or attribute(random, draw))
 
 

@@ -25,6 +25,7 @@ from . import attention
 from .corpus import RowMaker, read_texts, sample_for_tokenizer
 from .curve import CURVE_FIELDS, append_row, whole_curve
 from .tokenizer import BOS, END, PAD, as_chat_tokenizer, train_tokenizer
+from .widening import widened
 
 MAX_POSITIONS = 8192
 STEEPEST_FALL = 0.02
@@ -39,7 +40,7 @@ class ModelShape:
     num_layers: int = 6
     num_query_heads: int = 4
     num_key_value_heads: int = 2
-    mlp_size: int = 688
+    mlp_size: int = 1376
     rope_theta: float = 20_000.0
 
 
@@ -239,9 +240,10 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     chat_tokenizer.save_pretrained(out)
 
 
-def load_weights(model: LlamaForCausalLM, folder: Path) -> None:
-    """Puts the weights of an exported model of the same shape into `model`."""
-    model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+def load_weights(model: LlamaForCausalLM, folder: Path, *, seed: int) -> None:
+    """Puts the weights of an exported model into `model`, which may have wider MLPs and else the same shape."""
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    model.load_state_dict(widened(state, mlp_size=model.config.intermediate_size, seed=seed))
 
 
 @dataclass
@@ -376,7 +378,7 @@ def main() -> None:
     if checkpoint.exists():
         trainer.load(checkpoint)
     elif options.start is not None:
-        load_weights(trainer.model, options.start)
+        load_weights(trainer.model, options.start, seed=recipe.seed)
     run(
         trainer,
         options.work,
