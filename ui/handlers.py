@@ -113,11 +113,12 @@ class ChatHandlers:
         session = self._session(request)
         if session.ticket is not None:
             session.ticket.is_dropped = True
+            session.is_own_run = session.ticket.was_own_run
             session.stop()
         session.turns.clear()
         if session.ticket is None:
             session.free()
-        return (gr.skip(), *runner.conversations(session), self._state("done"))
+        return (gr.skip(), *runner.conversations(session), self._state(self._rest(session)))
 
     def stop(self, request: gr.Request):
         """A running answer ends with its next step; one that still waits is taken back at once."""
@@ -127,8 +128,7 @@ class ChatHandlers:
         if ticket is None or ticket.is_started:
             return self._keep()
         session.ticket = None
-        prompt = session.give_up(ticket)
-        return (gr.skip() if prompt is None else prompt, *runner.conversations(session), self._state("done"))
+        return self._outputs(self._as_before(session, ticket))
 
     def answer(self, request: gr.Request) -> Iterator[tuple]:
         """Stream the answer to the ticket that `send` or `regenerate` left."""
@@ -152,14 +152,27 @@ class ChatHandlers:
             yield runner.Update(payload=self._state("loading"))
             self.hub.wait_change(self.hub.version, min(1.0, max(0.0, deadline - time.monotonic())))
         if ticket.stop.is_set() or self.hub.model is None:
-            notice = "" if ticket.stop.is_set() else self.hub.problem
-            prompt = session.give_up(ticket)
-            yield runner.Update(runner.conversations(session), self._state("done", notice), prompt)
-        else:
-            budget = self.hub.budget
-            if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
-                self.store.free_others(session)
+            yield self._as_before(session, ticket, "" if ticket.stop.is_set() else self.hub.problem)
+            return
+        budget = self.hub.budget
+        if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
+            self.store.free_others(session)
+        try:
             yield from runner.run(session, ticket, self.hub.model, budget)
+        except runner.Fruitless as end:
+            yield self._as_before(session, ticket, str(end))
+
+    def _as_before(self, session: Session, ticket: Ticket, notice: str = "") -> runner.Update:
+        """The page as it was before a run that came to nothing: the last run on show, and what was said with it."""
+        prompt = session.give_up(ticket)
+        recording = session.recording or self.runs.first()
+        chats = runner.conversations(session)
+        if recording is None:
+            return runner.Update(chats, self._state("done", notice), prompt)
+        if not (session.is_own_run or ticket.is_dropped):
+            chats = frames.recorded(recording)
+        scene = replace(self._scene_of(session, recording), view=session.view, notice=notice or "")
+        return runner.Update(chats, build(recording.log, scene), prompt)
 
     def _check_prompt(self, prompt: str) -> None:
         if not prompt or not prompt.strip():
@@ -344,13 +357,16 @@ class ChatHandlers:
         return build(None, Scene(state=state, notice=notice))
 
     def _asked(self, session: Session, keep_prompt: bool = False):
-        session.is_own_run = True
+        session.ticket.was_own_run, session.is_own_run = session.is_own_run, True
         chats = frames.running(session.turns, session.ticket.prompt, {})
         return (gr.skip() if keep_prompt else "", *chats, self._state("waiting"))
 
     def _say(self, session: Session, sentence: str):
-        state = "done" if session.is_own_run or not self.runs.names() else "recorded"
-        return (gr.skip(), *(gr.skip() for _ in controls.LANES), self._state(state, sentence))
+        return (gr.skip(), *(gr.skip() for _ in controls.LANES), self._state(self._rest(session), sentence))
+
+    def _rest(self, session: Session) -> str:
+        """The state of a page on which nothing runs."""
+        return "done" if session.is_own_run or not self.runs.names() else "recorded"
 
     @staticmethod
     def _keep() -> tuple:

@@ -5,6 +5,7 @@ Without arguments the standard set is recorded with the embedded model; with a n
 """
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,11 @@ def record(model: LoadedModel, plan: Plan) -> Recording:
     sampling = make_sampling({name: getattr(plan, name) for name in names})
     try:
         for prompt in plan.prompts:
-            for update in runner.run(session, Ticket(prompt, lanes, sampling), model):
-                last = update
+            deque(runner.run(session, Ticket(prompt, lanes, sampling), model), maxlen=0)
+    except runner.Fruitless as end:
+        raise SystemExit(f"{plan.name}: the engine gave no run: {end}") from end
     finally:
         session.free()
-    if session.recording is None or len(session.turns) != len(plan.prompts):
-        raise SystemExit(f"{plan.name}: the engine gave no run: {last.payload}")
     return session.recording
 
 

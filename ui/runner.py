@@ -39,6 +39,10 @@ class Update:
     prompt: str | None = None
 
 
+class Fruitless(Exception):
+    """A run ended without an answer, and the page goes back to what it showed before. The text is for the page."""
+
+
 class Pace:
     """Says when the next update is due."""
 
@@ -93,7 +97,10 @@ def today() -> str:
 
 
 def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBudget | None = None) -> Iterator[Update]:
-    """Answer a ticket's prompt in all lanes. Expected faults end it with a sentence on the page."""
+    """Answer a ticket's prompt in all lanes.
+
+    Raises: Fruitless, with a sentence after a fault and without one after a stop before the first token.
+    """
     scene = Scene(
         state="reading",
         projection=controls.project(model.shape, ticket.lanes),
@@ -109,18 +116,14 @@ def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBu
             if text_pace.is_due():
                 yield _progress(session, ticket, log, scene, panel_pace.is_due())
     except EngineError as error:
-        yield _fault(session, ticket, scene, str(error))
-        return
+        raise Fruitless(str(error)) from error
     except Exception as error:
         log_book.exception("a run broke")
         session.free()
-        yield _fault(session, ticket, scene, text.INTERNAL_FAULT.format(kind=type(error).__name__))
-        return
-    done = replace(scene, state="done", view=session.view)
+        raise Fruitless(text.INTERNAL_FAULT.format(kind=type(error).__name__)) from error
     if log is None or ticket.is_dropped:
-        prompt = session.give_up(ticket)
-        yield Update(conversations(session), build(None, done), prompt)
-        return
+        raise Fruitless
+    done = replace(scene, state="done", view=session.view)
     session.recording = _recording(session, ticket, log, recorder, scene)
     earlier = list(session.turns)
     session.turns.append(Turn(ticket.prompt, frames.answers_of(log)))
@@ -148,12 +151,6 @@ def _progress(session: Session, ticket: Ticket, log: RunLog, scene: Scene, has_p
     state = "running" if any(lane.steps for lane in log.lanes) else "reading"
     chats = frames.running(session.turns, ticket.prompt, frames.answers_of(log))
     return Update(chats, build(log, replace(scene, state=state, view=session.view)) if has_panels else None)
-
-
-def _fault(session: Session, ticket: Ticket, scene: Scene, sentence: str) -> Update:
-    """The page goes back to before the prompt, and the prompt into its box."""
-    prompt = session.give_up(ticket)
-    return Update(conversations(session), build(None, replace(scene, state="done", notice=sentence)), prompt)
 
 
 def _recording(session: Session, ticket: Ticket, log: RunLog, recorder: Recorder, scene: Scene) -> Recording:

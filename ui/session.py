@@ -38,8 +38,9 @@ class Turn:
 class Ticket:
     """One asked-for run, from the click to its end. `stop` ends it wherever it is.
 
-    `replaced` is the turn that it makes again; it comes back if the run comes to nothing. `is_dropped`
-    says that the chat was cleared meanwhile: the answer is not kept.
+    `replaced` is the turn that it makes again, `was_own_run` whether the panels showed a run of the visitor's own
+    before: both come back if the run comes to nothing. `is_dropped` says that the chat was cleared meanwhile: the
+    answer is not kept.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class Ticket:
     sampling: Sampling
     stop: threading.Event = field(default_factory=threading.Event)
     replaced: Turn | None = None
+    was_own_run: bool = False
     is_started: bool = False
     is_dropped: bool = False
 
@@ -72,6 +74,7 @@ class Session:
 
     def give_up(self, ticket: Ticket) -> str | None:
         """A run came to nothing: the page is as before. Gives the prompt that goes back into its box."""
+        self.is_own_run = ticket.was_own_run
         if ticket.is_dropped:
             return None
         if ticket.replaced is not None:

@@ -2,6 +2,10 @@
 
 import pytest
 
+from kvlens.engine.errors import EngineError
+from kvlens.ui import runner
+from kvlens.ui.library import Library
+
 SHORT = "?b.residual_length=32&max_new_tokens=24"
 NOTES = (
     "I keep a notebook of our village. Mira is the baker and her oven is blue. Tom mends boats and his dog is called "
@@ -163,8 +167,9 @@ def test_clearing_while_it_answers_leaves_an_empty_chat(visitor, endless):
     visitor.send("Tell me a very long story.")
     visitor.wait("KVLens.feed.latest.state === 'running'")
     visitor.page.click("#kv-clear")
-    visitor.wait("document.body.dataset.kvState === 'done'")
     visitor.wait("!document.querySelector('#kv-chat-a [data-testid=\"user\"]')")
+    expect_recorded_run(visitor)
+    assert visitor.page.locator("#kv-chat-a [data-testid=user]").count() == 0
 
 
 def test_stopping_while_another_run_goes_first_gives_the_prompt_back(visit, endless):
@@ -175,12 +180,40 @@ def test_stopping_while_another_run_goes_first_gives_the_prompt_back(visit, endl
     one.wait("KVLens.feed.latest.state === 'running'")
     two.send("Hello from the queue.")
     two.wait("document.body.dataset.kvState === 'waiting'")
+    assert two.page.locator(".kv-status-label").inner_text() == ""
     two.page.click("#kv-stop")
-    two.wait("document.body.dataset.kvState === 'done'")
     two.wait("document.querySelector('#kv-prompt textarea').value === 'Hello from the queue.'")
-    assert two.page.locator("#kv-chat-a [data-testid=user]").count() == 0
+    expect_recorded_run(two)
+    two.wait("!document.querySelector('#kv-chat-a').textContent.includes('Hello from the queue.')")
     one.page.click("#kv-stop")
     one.wait("document.body.dataset.kvState === 'done'")
+
+
+def test_a_fault_in_the_first_run_brings_the_recorded_run_back(visitor, monkeypatch):
+    steps = runner._steps
+
+    def broken(*arguments):
+        for index, log in enumerate(steps(*arguments)):
+            if index == 12:
+                raise EngineError("The cache has no room left.")
+            yield log
+
+    monkeypatch.setattr(runner, "_steps", broken)
+    visitor.open()
+    shown = visitor.payload()["run_id"]
+    visitor.page.fill("#kv-prompt textarea", "Tell me a story about a heron.")
+    visitor.page.press("#kv-prompt textarea", "Enter")
+    visitor.wait("document.querySelector('.kv-notice').textContent === 'The cache has no room left.'")
+    expect_recorded_run(visitor)
+    assert visitor.payload()["run_id"] == shown
+    assert visitor.page.locator("#kv-prompt textarea").input_value() == "Tell me a story about a heron."
+    assert visitor.answer("a") == Library().first().log.lanes[0].text
+
+
+def expect_recorded_run(visitor):
+    """Whose figures these are is told again."""
+    visitor.wait("document.querySelector('.kv-status-label').textContent.startsWith('Recorded run: ')")
+    assert visitor.payload()["state"] == "recorded"
 
 
 def test_the_link_carries_the_last_prompt(visitor):
