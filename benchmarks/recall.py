@@ -12,9 +12,8 @@ core is the fastest. DIR is laid out as tools/embedded_model/README.md says.
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -30,6 +29,7 @@ from kvlens.engine.registry import available
 from tools.embedded_model.corpus import read_texts
 from tools.embedded_model.evaluate import DEPTHS, MAX_ANSWER_TOKENS, is_recalled
 from tools.embedded_model.recall import RecallQuestion, recall_questions
+from tools.processes import dealt
 
 Presets = dict[str, tuple[str, MethodConfig]]
 SEED = 23
@@ -124,8 +124,6 @@ def ask_all(model: LoadedModel, presets: Presets, questions: Iterable[RecallQues
 
 
 def _ask_part(name: str | None, presets: Presets, questions: Sequence[RecallQuestion]) -> dict[str, Answers]:
-    """What a process of several does: a model of its own, on one thread, for its part of the questions."""
-    torch.set_num_threads(1)
     return ask_all(load_model(name), presets, questions)
 
 
@@ -133,9 +131,7 @@ def ask_in_processes(
     name: str | None, presets: Presets, questions: Sequence[RecallQuestion], count: int
 ) -> dict[str, Answers]:
     """`ask_all` by `count` processes; the answers come in another order, the same for every preset."""
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        asked = [pool.submit(_ask_part, name, presets, questions[first::count]) for first in range(count)]
-        parts = [part.result() for part in asked]
+    parts = dealt(partial(_ask_part, name, presets), questions, count)
     return {title: together(part[title] for part in parts) for title in presets}
 
 

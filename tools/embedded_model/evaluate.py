@@ -12,9 +12,8 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -22,6 +21,8 @@ import torch
 import transformers
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tools.processes import dealt
 
 from .corpus import Texts, flowing, read_texts
 from .recall import RecallQuestion, recall_questions
@@ -192,9 +193,7 @@ def recall_shares(
     return shares
 
 
-def _part_of_shares(model_folder: Path, prose: str, cells: list[Cell], count: int) -> dict[Cell, float]:
-    """What a process of several does: a model of its own, on one thread, for its part of the cells."""
-    torch.set_num_threads(1)
+def _shares(model_folder: Path, prose: str, count: int, cells: Sequence[Cell]) -> dict[Cell, float]:
     return recall_shares(*load(model_folder), prose, cells, count=count)
 
 
@@ -203,15 +202,9 @@ def recall_tables(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Every recall table: shares by length in tokens and depth, and their mean."""
     cells = [(table, num_tokens, depth) for table in RECALL_TABLES for num_tokens in lengths for depth in DEPTHS]
-    if processes == 1:
-        shares = recall_shares(*load(model_folder), prose, cells, count=count)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            parts = [
-                pool.submit(_part_of_shares, model_folder, prose, cells[first::processes], count)
-                for first in range(processes)
-            ]
-            shares = {cell: share for part in parts for cell, share in part.result().items()}
+    ask = partial(_shares, model_folder, prose, count)
+    parts = dealt(ask, cells, processes) if processes > 1 else [ask(cells)]
+    shares = {cell: share for part in parts for cell, share in part.items()}
     tables: dict[str, dict[str, dict[str, float]]] = {table: {} for table in RECALL_TABLES}
     for table, row in tables.items():
         for num_tokens in lengths:
