@@ -146,6 +146,8 @@ class Comparison:
         limits = {lane_id: min(options.max_new_tokens, room[lane_id]) for lane_id in prompts}
         record, glance = None, _Glance()
         for lane_id, lane in self._lanes.items():
+            lane.begin(len(prompts[lane_id]))
+        for lane_id, lane in self._lanes.items():
             start = lane.start(prompts[lane_id], max_new_tokens=limits[lane_id], probed_layer=options.probed_layer)
             with closing(start):
                 for _ in start:

@@ -71,26 +71,27 @@ class Lane:
         """Tokens of a conversation, keeping those that this lane holds already."""
         return self._model.encode_after(self._tokens, text)
 
-    def start(self, token_ids: Sequence[int], *, max_new_tokens: int, probed_layer: int) -> Iterator[None]:
-        """Take the prompt in, chunk by chunk; yields between chunks. `log` is then a new run's.
-
-        Closing the iterator early leaves the lane as it was before the prompt.
-        """
-        entry = method(self.spec.method)
-        self._probe.look_at(probed_layer)
-        reused = self._rewind(token_ids)
-        self._stream = TextStream(self._model.decode)
-        settings = self.spec.config.describe()
+    def begin(self, num_prompt_tokens: int) -> None:
+        """Open the log of a new run; the other lanes may take the prompt in before this one does."""
+        entry, settings = method(self.spec.method), self.spec.config.describe()
         self.log = LaneLog(
             self.spec.lane_id,
             entry.name,
             f"{entry.title} · {settings}" if settings else entry.title,
             is_simulated=entry.is_simulated,
             settings=asdict(self.spec.config),
-            prompt_tokens=len(token_ids),
-            reused_tokens=reused,
-            prefill_ms=0.0,
+            prompt_tokens=num_prompt_tokens,
         )
+
+    def start(self, token_ids: Sequence[int], *, max_new_tokens: int, probed_layer: int) -> Iterator[None]:
+        """Take the prompt in, chunk by chunk, after `begin`; yields between chunks.
+
+        Closing the iterator early leaves the lane as it was before the prompt.
+        """
+        self._probe.look_at(probed_layer)
+        reused = self._rewind(token_ids)
+        self._stream = TextStream(self._model.decode)
+        self.log.reused_tokens, self.log.prefill_ms = reused, 0.0
         if reused == len(token_ids):
             return
         self._cache.reserve(len(token_ids) + max_new_tokens)

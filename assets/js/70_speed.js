@@ -13,7 +13,7 @@ KVLens.speedPanel = (root) => {
   );
 
   function drawTable(payload) {
-    const cell = (value, unit) => make("td", {}, make("b", { text: value }), make("small", { text: ` ${unit}` }));
+    const cell = (value, unit = "") => make("td", {}, make("b", { text: value }), make("small", { text: ` ${unit}` }));
     const head = make("tr", { class: "kv-heads" }, make("th"), ...[words.decode, words.prefill, words.first].map((text) => make("td", { text })));
     const rows = payload.lanes.map((lane) => make("tr", {},
       make("th", {}, make("b", { text: lane.name, style: { color: colours.method(lane.method) } })),

@@ -59,6 +59,18 @@ def test_a_second_turn_prefills_only_its_own_tokens(tiny_model):
         assert lane.prompt_tokens - lane.reused_tokens < 40
 
 
+def test_no_lane_shows_its_last_answer_while_another_reads_the_next_prompt(tiny_model):
+    comparison, stop = Comparison(tiny_model), threading.Event()
+    last(comparison.run([user("hello there")], [DENSE, KIVI], RunOptions(max_new_tokens=3)))
+    runs = comparison.run([user("and now something else")], [DENSE, KIVI], RunOptions(max_new_tokens=3), stop)
+    waiting = next(runs).lanes[1]
+    assert (waiting.steps, waiting.finish, waiting.prefill_ms) == ([], None, None)
+    assert waiting.title.startswith("KIVI")
+    assert waiting.prompt_tokens > 0
+    stop.set()
+    assert all(lane.text == "" and lane.finish == "stopped" for lane in last(runs).lanes)
+
+
 def test_regenerating_prefills_nothing_and_gives_the_same_answer(tiny_model):
     comparison = Comparison(tiny_model)
     options = RunOptions(max_new_tokens=60, temperature=0.8, seed=5)
