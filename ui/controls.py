@@ -1,7 +1,7 @@
 """Method configurations as the page's controls: config fields to plain data, and the page's answer back.
 
 A lane's value is a JSON string `{"method": ..., "config": {...}}`. The page draws its controls from
-`describe_methods()`; nothing here knows any method by name.
+`describe_methods()`; no method is known by name here, but for the two that an untouched page starts with.
 """
 
 import json
@@ -127,7 +127,7 @@ def parse_choice(value: str) -> LaneChoice:
 
 
 def default_choice(lane_id: str) -> LaneChoice:
-    """The method a lane starts with: exact on the left, the first compressed one on the right."""
+    """The method a lane starts with: exact on the left, KIVI on the right."""
     methods = list(available())
     wanted = DEFAULT_METHODS.get(lane_id, methods[-1])
     return make_choice(wanted if wanted in methods else methods[-1])

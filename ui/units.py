@@ -1,4 +1,4 @@
-"""Numbers as a person reads them. The page's scripts use the same rules (`assets/js/units.js`)."""
+"""Numbers as a person reads them. The page's scripts use the same rules (`assets/js/00_units.js`)."""
 
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 

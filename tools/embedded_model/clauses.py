@@ -59,8 +59,9 @@ MODALS = ("will", "will", "shall", "should", "can", "may", "would")
 WHO, WHOM = ("who", "which person", "who was it that"), ("whom", "who", "which person")
 WHICH = ("what", "which thing", "what thing")
 # fmt: on
-ANYBODY = ("you", "one", "people", "they", "we")
-ANYBODY_ASKED = ("you", "I", "one", "people")
+# Anybody, as subject and as object; what is told of "one" may be asked of "I", and is answered with "you".
+ANYBODY = (("you", "you"), ("one", "one"), ("people", "people"), ("they", "them"), ("we", "us"))
+ANYBODY_ASKED = (("you", "you"), ("I", "me"), ("one", "one"), ("people", "people"))
 MOST_PARTS = 3
 USER_SHARE, ANYBODY_SHARE = 0.3, 0.1
 PASSIVE_SHARE, FRONT_SHARE, CLEFT_SHARE, WRAPPED_SHARE = 0.25, 0.35, 0.12, 0.2
@@ -85,6 +86,11 @@ class Slot:
     said: str
     value: str
     asked: tuple[str, ...]
+
+
+def is_anybody(doer: Doer) -> bool:
+    """Whether the doer is nobody in particular."""
+    return (doer.S, doer.O) in ANYBODY
 
 
 def third_person(base: str) -> str:
@@ -151,8 +157,8 @@ def _doers(random: Random, draw: Draw) -> tuple[Doer, Doer, Doer]:
         return USER, USER, USER_ANSWERED
     if chance < USER_SHARE + ANYBODY_SHARE:
         told, asked = (
-            Doer(who, who, who, "were", "has" if who == "one" else "have")
-            for who in (random.choice(ANYBODY), random.choice(ANYBODY_ASKED))
+            Doer(subject, thing, "", "were", "has" if subject == "one" else "have")
+            for subject, thing in (random.choice(ANYBODY), random.choice(ANYBODY_ASKED))
         )
         return told, asked, USER_ANSWERED
     person = Doer(*(name := draw.person(),) * 2, f"{name}'s")
@@ -198,7 +204,7 @@ def _core(random: Random, doer: Doer, deed: Tense, thing: Slot, *, needs_doer: b
 def _statement(random: Random, doer: Doer, deed: Tense, thing: Slot, parts: list[Slot]) -> str:
     parts = random.sample(parts, len(parts))
     # A question may name the doer, or ask for it: only a doer that is anybody can be left out.
-    core = _core(random, doer, deed, thing, needs_doer=doer.S not in ANYBODY)
+    core = _core(random, doer, deed, thing, needs_doer=not is_anybody(doer))
     if random.random() < CLEFT_SHARE:
         first, *rest = parts
         return " ".join((f"it {random.choice(('was', 'is'))} {first.said} that", core, *(part.said for part in rest)))
