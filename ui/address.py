@@ -4,6 +4,7 @@
 defaults is written, so that an untouched page keeps a clean address.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from urllib.parse import urlencode
@@ -39,7 +40,7 @@ class Settings:
 
 
 def make_sampling(values: Mapping[str, object]) -> Sampling:
-    """Sampling settings from loose values, held inside their limits. Raises: ValueError if not a number."""
+    """Sampling settings from loose values, held inside their limits. Raises: ValueError if not a finite number."""
     made: dict[str, object] = {}
     for entry in fields(Sampling):
         if entry.name not in values or values[entry.name] is None:
@@ -47,7 +48,9 @@ def make_sampling(values: Mapping[str, object]) -> Sampling:
         value = values[entry.name]
         if entry.name in LIMITS:
             low, high = LIMITS[entry.name]
-            value = min(high, max(low, type(entry.default)(float(value))))
+            if not math.isfinite(number := float(value)):
+                raise ValueError(f"{entry.name} must be a finite number; got {value!r}")
+            value = min(high, max(low, type(entry.default)(number)))
         made[entry.name] = value if entry.name in LIMITS else str(value)
     return Sampling(**made)
 

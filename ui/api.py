@@ -14,6 +14,7 @@ from kvlens.ui import controls, text
 from kvlens.ui.address import make_sampling
 from kvlens.ui.models import ModelHub
 from kvlens.ui.payload import lane_figures
+from kvlens.ui.prompts import check_prompt
 from kvlens.ui.runner import Pace, lane_specs, options_for
 
 UPDATE_SECONDS = 0.25
@@ -107,6 +108,7 @@ def compare_with(hub: ModelHub):
                 {"system_prompt": system_prompt, "max_new_tokens": max_new_tokens, "temperature": temperature,
                  "top_p": top_p, "seed": seed}
             )  # fmt: skip
+            check_prompt(prompt, sampling.system_prompt)
             messages = [{"role": "system", "content": sampling.system_prompt}] if sampling.system_prompt else []
             messages.append({"role": "user", "content": prompt})
             comparison, pace, log = Comparison(model, budget=hub.budget), Pace(UPDATE_SECONDS), None

@@ -17,10 +17,10 @@ from kvlens.ui.heat import View
 from kvlens.ui.library import Library
 from kvlens.ui.models import ModelHub
 from kvlens.ui.payload import Scene, build
+from kvlens.ui.prompts import check_prompt
 from kvlens.ui.recording import Recording, RecordingFault
 from kvlens.ui.session import Session, SessionStore, Ticket
 
-MAX_PROMPT_CHARACTERS = 400_000
 MODEL_WAIT_SECONDS = 20 * 60
 
 
@@ -73,8 +73,10 @@ class ChatHandlers:
         if session.ticket is not None:
             return self._keep()
         session.is_prompt_held = False
+        if self._is_lost(session):
+            return self._say(session, text.CONVERSATION_LOST)
         try:
-            self._check_prompt(prompt)
+            check_prompt(prompt, system)
             session.ticket = self._ticket(prompt, lane_a, lane_b, (system, max_new, temperature, top_p, seed))
         except MissingDictionary as error:
             session.is_prompt_held = True
@@ -88,7 +90,7 @@ class ChatHandlers:
         if session.ticket is not None:
             return self._keep()
         if not session.turns:
-            return self._say(session, text.NOTHING_TO_REGENERATE)
+            return self._say(session, text.CONVERSATION_LOST if self._is_lost(session) else text.NOTHING_TO_REGENERATE)
         try:
             sampling = (system, max_new, temperature, top_p, seed)
             session.ticket = self._ticket(session.turns[-1].prompt, lane_a, lane_b, sampling)
@@ -105,16 +107,19 @@ class ChatHandlers:
         if session.ticket is not None:
             return self._keep()
         if not session.turns:
-            return self._say(session, text.NOTHING_TO_EDIT)
+            return self._say(session, text.CONVERSATION_LOST if self._is_lost(session) else text.NOTHING_TO_EDIT)
         prompt = session.turns.pop().prompt
-        return (prompt, *runner.conversations(session), self._state("done"))
+        return (prompt, *runner.conversations(session), self._state(self._rest(session)))
 
     def clear(self, request: gr.Request):
         session = self._session(request)
-        if session.ticket is not None:
-            session.ticket.is_dropped = True
-            session.is_own_run = session.ticket.was_own_run
+        ticket = session.ticket
+        if ticket is not None:
+            ticket.is_dropped = True
+            session.is_own_run = ticket.was_own_run
             session.stop()
+            if not ticket.is_started:
+                session.ticket = None
         session.turns.clear()
         if session.ticket is None:
             session.free()
@@ -142,17 +147,24 @@ class ChatHandlers:
             for update in self._answer(session, ticket):
                 yield self._outputs(update)
         finally:
-            session.ticket = None
-            if not self.store.is_known(request.session_hash or "", session):
-                session.free()
+            self._end(session, ticket, request)
+
+    def _end(self, session: Session, ticket: Ticket, request: gr.Request) -> None:
+        """A run is over. Nobody comes back for the caches of a chat that was cleared or a page that was closed."""
+        session.ticket = None
+        if ticket.is_dropped or not self.store.is_known(request.session_hash or "", session):
+            session.free()
 
     def _answer(self, session: Session, ticket: Ticket) -> Iterator[runner.Update]:
         deadline = time.monotonic() + MODEL_WAIT_SECONDS
         while self.hub.model is None and self.hub.is_loading and not ticket.stop.is_set():
+            if time.monotonic() > deadline:
+                break
             yield runner.Update(payload=self._state("loading"))
-            self.hub.wait_change(self.hub.version, min(1.0, max(0.0, deadline - time.monotonic())))
+            self.hub.wait_change(self.hub.version, 1.0)
         if ticket.stop.is_set() or self.hub.model is None:
-            yield self._as_before(session, ticket, "" if ticket.stop.is_set() else self.hub.problem)
+            problem = self.hub.problem or text.STILL_LOADING
+            yield self._as_before(session, ticket, "" if ticket.stop.is_set() else problem)
             return
         budget = self.hub.budget
         if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
@@ -171,14 +183,8 @@ class ChatHandlers:
             return runner.Update(chats, self._state("done", notice), prompt)
         if not (session.is_own_run or ticket.is_dropped):
             chats = frames.recorded(recording)
-        scene = replace(self._scene_of(session, recording), view=session.view, notice=notice or "")
+        scene = replace(self._scene_of(session, recording), view=session.view, notice=notice)
         return runner.Update(chats, build(recording.log, scene), prompt)
-
-    def _check_prompt(self, prompt: str) -> None:
-        if not prompt or not prompt.strip():
-            raise EngineError(text.EMPTY_PROMPT)
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise EngineError(text.prompt_too_long(len(prompt), MAX_PROMPT_CHARACTERS))
 
     def _ticket(self, prompt: str, lane_a: str, lane_b: str, sampling) -> Ticket:
         lanes = {
@@ -205,6 +211,8 @@ class ChatHandlers:
         if session.ticket is not None:
             return gr.skip()
         recording = session.recording or self.runs.first()
+        if self._is_lost(session):
+            return self._state("done", text.CONVERSATION_LOST)
         if recording is None:
             return gr.skip()
         return build(recording.log, replace(self._scene_of(session, recording), view=session.view))
@@ -244,7 +252,7 @@ class ChatHandlers:
             for update in runner.replay(session, recording, ticket, scene, speed):
                 yield self._outputs(update)
         finally:
-            session.ticket = None
+            self._end(session, ticket, request)
 
     def export(self, event: gr.EventData, request: gr.Request):
         session = self._session(request)
@@ -323,25 +331,28 @@ class ChatHandlers:
             yield self.header()
         yield self.header()
 
-    def change_model(self, event: gr.EventData) -> Iterator[tuple]:
+    def change_model(self, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
         """Load another model while the header tells how far it is. Runs in the engine's queue: nothing else runs."""
         name = str(event._data.get("name") or "").strip()
         try:
             self.hub.check_allowed(name)
         except EngineError as error:
-            yield json.dumps(json.loads(self.header()) | {"problem": str(error)}), gr.skip()
+            yield json.dumps(json.loads(self.header()) | {"problem": str(error)}), *self._keep()
             return
         worker = threading.Thread(target=self._change_quietly, args=(name,), daemon=True)
         version = self.hub.version
         worker.start()
         while worker.is_alive():
             version = self.hub.wait_change(version, 0.5)
-            yield self.header(), gr.skip()
+            yield self.header(), *self._keep()
         if self.hub.problem:
-            yield self.header(), gr.skip()
+            yield self.header(), *self._keep()
             return
         self.store.free_all()
-        yield self.header(), self._state("done", text.MODEL_CHANGED.format(name=name))
+        session = self._session(request)
+        session.is_lost = False
+        notice = self._state(self._rest(session), text.MODEL_CHANGED.format(name=name))
+        yield self.header(), gr.skip(), *runner.conversations(session), notice
 
     def _change_quietly(self, name: str) -> None:
         with suppress(EngineError):  # told on the page through `problem`
@@ -363,6 +374,12 @@ class ChatHandlers:
 
     def _say(self, session: Session, sentence: str):
         return (gr.skip(), *(gr.skip() for _ in controls.LANES), self._state(self._rest(session), sentence))
+
+    @staticmethod
+    def _is_lost(session: Session) -> bool:
+        """Whether the page still shows a conversation that was let go; told once."""
+        was_lost, session.is_lost = session.is_lost, False
+        return was_lost
 
     def _rest(self, session: Session) -> str:
         """The state of a page on which nothing runs."""

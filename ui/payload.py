@@ -131,6 +131,7 @@ def lane_payload(log: RunLog, lane: LaneLog, state: str) -> dict:
         "is_simulated": lane.is_simulated,
         "path": lane.attention_path,
         "finish": lane.finish,
+        "characters": text_units(lane.text),
         "figures": lane_figures(log, lane),
         "memory": memory_series(lane),
         "speed": speed_series(lane),

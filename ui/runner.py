@@ -107,7 +107,7 @@ def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBu
         is_cpu=model.device.type == "cpu",
         budget=budget,
     )
-    recorder, log = Recorder(), None
+    recorder = Recorder()
     try:
         yield Update(payload=build(None, scene))
         text_pace, panel_pace = Pace(TEXT_SECONDS), Pace(PANEL_SECONDS)
@@ -121,7 +121,7 @@ def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBu
         log_book.exception("a run broke")
         session.free()
         raise Fruitless(text.INTERNAL_FAULT.format(kind=type(error).__name__)) from error
-    if log is None or ticket.is_dropped:
+    if ticket.is_dropped or not any(lane.steps for lane in log.lanes):
         raise Fruitless
     done = replace(scene, state="done", view=session.view)
     session.recording = _recording(session, ticket, log, recorder, scene)
@@ -187,4 +187,5 @@ def replay(
         payload = build(log, replace(scene, state="replay", view=session.view)) if panel_pace.is_due() else None
         yield Update(frames.recorded(recording, log), payload)
     final = replace(scene, state="recorded", view=session.view)
-    yield Update(frames.recorded(recording), build(recording.log, final))
+    chats = conversations(session) if ticket.is_dropped else frames.recorded(recording)
+    yield Update(chats, build(recording.log, final))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvlens.ui.learning import LearnRun
 
 MAX_SESSIONS = 64
+MAX_LOST = 1024
 CACHE_IDLE_SECONDS = 10 * 60
 SESSION_IDLE_SECONDS = 2 * 60 * 60
 
@@ -55,7 +56,11 @@ class Ticket:
 
 @dataclass
 class Session:
-    """One open page. `is_prompt_held`: the last prompt stays in its box until a lane has its dictionary."""
+    """One open page.
+
+    `is_prompt_held`: the last prompt stays in its box until a lane has its dictionary. `is_lost`: the page shows a
+    conversation that was let go, which nobody told it yet.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     ticket: Ticket | None = None
@@ -66,6 +71,7 @@ class Session:
     lab: "LabRun | None" = None
     learning: "LearnRun | None" = None
     is_prompt_held: bool = False
+    is_lost: bool = False
     last_seen: float = field(default_factory=time.monotonic)
 
     def stop(self) -> None:
@@ -110,6 +116,7 @@ class SessionStore:
         self._now = now
         self._lock = threading.Lock()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lost: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -117,7 +124,10 @@ class SessionStore:
     def get(self, key: str) -> Session:
         """The session of a page, made if it is new. Frees what has been idle for too long."""
         with self._lock:
-            session = self._sessions.setdefault(key, Session())
+            session = self._sessions.get(key)
+            if session is None:
+                session = self._sessions[key] = Session(is_lost=key in self._lost)
+                self._lost.pop(key, None)
             session.last_seen = self._now()
             self._sessions.move_to_end(key)
             gone, idle = self._expired()
@@ -130,10 +140,19 @@ class SessionStore:
             age = now - session.last_seen
             is_over_bound = len(self._sessions) > self.max_sessions
             if session.ticket is None and (is_over_bound or age > SESSION_IDLE_SECONDS):
-                gone.append(self._sessions.pop(key))
+                gone.append(self._let_go_of(key))
             elif session.ticket is None and age > CACHE_IDLE_SECONDS:
                 idle.append(session)
         return gone, idle
+
+    def _let_go_of(self, key: str) -> Session | None:
+        """Takes a session out; its page, should it come back, is told of the conversation that it had."""
+        session = self._sessions.pop(key, None)
+        if session is not None and session.turns:
+            self._lost[key] = None
+            if len(self._lost) > MAX_LOST:
+                self._lost.popitem(last=False)
+        return session
 
     @staticmethod
     def _let_go(gone: list[Session], idle: list[Session]) -> None:
@@ -145,13 +164,13 @@ class SessionStore:
     def drop(self, key: str) -> None:
         """A page was closed: its run ends and its caches go. A run in progress frees them as it ends."""
         with self._lock:
-            session = self._sessions.pop(key, None)
+            session = self._let_go_of(key)
         if session is not None:
             session.stop()
             for run in (session.lab, session.learning):
                 if run is not None:
                     run.stop.set()
-            if session.ticket is None:
+            if session.ticket is None or not session.ticket.is_started:
                 session.free()
 
     def all(self) -> list[Session]:
@@ -174,4 +193,5 @@ class SessionStore:
         for session in sessions:
             session.stop()
             session.free()
+            session.is_lost = bool(session.turns)
             session.turns.clear()

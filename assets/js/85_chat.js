@@ -4,11 +4,16 @@
 KVLens.answers = (() => {
   const canMark = typeof Highlight !== "undefined" && CSS.highlights;
 
-  // The text node of the newest answer of a lane, if it is the one the payload speaks of.
+  // The text node of the newest answer of a lane, if it is the one the payload speaks of. Texts come more often than
+  // payloads: while it grows, the one on the page is the longer one.
   function answerNode(laneId) {
+    const lane = KVLens.feed.latest?.lanes?.find((one) => one.id === laneId);
     const bubbles = document.querySelectorAll(`#kv-chat-${laneId} [data-testid="bot"] .message-content .md`);
-    const last = bubbles[bubbles.length - 1];
-    return last ? last.firstChild : null;
+    const node = bubbles[bubbles.length - 1]?.firstChild;
+    if (!lane || !node || node.nodeType !== Node.TEXT_NODE) return null;
+    const grows = ["running", "replay"].includes(KVLens.feed.latest.state);
+    const length = node.textContent.length;
+    return length === lane.characters || (grows && length > lane.characters) ? node : null;
   }
   function range(node, start, end) {
     const own = document.createRange();
@@ -23,7 +28,7 @@ KVLens.answers = (() => {
     const [tokens, rests] = [[], []];
     for (const lane of payload.lanes) {
       const node = lane.parting && answerNode(lane.id);
-      if (!node || node.nodeType !== Node.TEXT_NODE) continue;
+      if (!node) continue;
       tokens.push(range(node, lane.parting[0], lane.parting[1]));
       rests.push(range(node, lane.parting[1], node.textContent.length));
     }

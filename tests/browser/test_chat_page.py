@@ -210,6 +210,40 @@ def test_a_fault_in_the_first_run_brings_the_recorded_run_back(visitor, monkeypa
     assert visitor.answer("a") == Library().first().log.lanes[0].text
 
 
+def test_a_stop_while_the_prompt_is_read_gives_it_back(visitor, monkeypatch):
+    steps = runner._steps
+
+    def stopped(session, ticket, *others):
+        for log in steps(session, ticket, *others):
+            ticket.stop.set()
+            yield log
+
+    monkeypatch.setattr(runner, "_steps", stopped)
+    visitor.open()
+    before = visitor.payload()["sequence"]
+    visitor.page.fill("#kv-prompt textarea", NOTES)
+    visitor.page.press("#kv-prompt textarea", "Enter")
+    visitor.wait(
+        "before => KVLens.feed.latest.sequence > before && document.body.dataset.kvState === 'recorded'", before
+    )
+    expect_recorded_run(visitor)
+    visitor.wait("text => document.querySelector('#kv-prompt textarea').value === text", NOTES)
+
+
+def test_no_mark_stands_on_an_answer_of_another_run(asked):
+    first = asked.payload()
+    asked.ask("And what did the baker say to Tom about the boat?")
+    asked.page.click("#kv-edit")
+    asked.wait("document.querySelectorAll('#kv-chat-b [data-testid=\"bot\"]').length === 1")
+    shown = asked.payload()
+    assert shown["run_id"] != first["run_id"]
+    for lane, earlier in zip(shown["lanes"], first["lanes"], strict=True):
+        assert len(asked.answer(lane["id"])) == earlier["characters"]
+        if lane["characters"] != earlier["characters"]:
+            taken = asked.page.evaluate("id => KVLens.answers.answerNode(id)", lane["id"])
+            assert taken is None
+
+
 def expect_recorded_run(visitor):
     """Whose figures these are is told again."""
     visitor.wait("document.querySelector('.kv-status-label').textContent.startsWith('Recorded run: ')")

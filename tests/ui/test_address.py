@@ -39,7 +39,16 @@ def test_a_long_prompt_stays_out_of_the_address():
 
 @pytest.mark.parametrize(
     "query",
-    [{"method_b": "nothing"}, {"b.key_bits": "3"}, {"b.colour": "red"}, {"b.key_bits": "x"}, {"temperature": "warm"}],
+    [
+        {"method_b": "nothing"},
+        {"b.key_bits": "3"},
+        {"b.colour": "red"},
+        {"b.key_bits": "x"},
+        {"temperature": "warm"},
+        {"seed": "inf"},
+        {"max_new_tokens": "1e999"},
+        {"top_p": "nan"},
+    ],
 )
 def test_what_is_not_there_becomes_the_default_and_a_sentence(query):
     settings, faults = address.read(query)

@@ -65,11 +65,20 @@ def test_caches_go_long_before_texts():
 def test_closing_the_page_stops_its_run_and_leaves_freeing_to_it():
     store = SessionStore()
     session = store.get("one")
-    session.ticket = ticket = Ticket("prompt", {}, None)
+    session.ticket = ticket = Ticket("prompt", {}, None, is_started=True)
     session.comparison = caches = Caches()
     store.drop("one")
     assert ticket.stop.is_set()
     assert not caches.is_freed
+
+
+def test_closing_the_page_frees_the_caches_where_no_run_will():
+    store = SessionStore()
+    session = store.get("one")
+    session.ticket = Ticket("waits in the queue", {}, None)
+    session.comparison = caches = Caches()
+    store.drop("one")
+    assert caches.is_freed
 
 
 def test_each_lane_goes_on_with_its_own_answers():

@@ -149,11 +149,16 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     )
     again = elements.regenerate.click(handlers.regenerate, settings, shown, **quick)
     for event in (asked, again):
-        event.then(handlers.answer, None, shown, concurrency_limit=1, **slow)
+        answered = event.then(handlers.answer, None, shown, concurrency_limit=1, **slow)
+        # Another page may have changed the model meanwhile.
+        answered.then(handlers.header, None, header, **quick)
     elements.stop.click(handlers.stop, None, shown, **quick)
     elements.edit.click(handlers.edit_last, None, shown, **quick)
     elements.clear.click(handlers.clear, None, shown, **quick)
-    gr.on([elements.panels.select, elements.atoms.select], handlers.select, None, elements.panels, **quick)
+    gr.on(
+        [elements.panels.select, elements.atoms.select], handlers.select, None, elements.panels,
+        trigger_mode="always_last", **quick,
+    )  # fmt: skip
     elements.status.replay(
         handlers.replay, None, shown, api_visibility="private", show_progress="hidden",
         concurrency_id="replay", concurrency_limit=8,
@@ -161,7 +166,7 @@ def wire(elements: ChatElements, header: gr.HTML, handlers: ChatHandlers, demo: 
     header.recorded(handlers.show_recorded, None, shown, **quick)
     header.upload(handlers.upload, None, shown, **quick)
     header.export(handlers.export, None, [elements.download, elements.panels], **quick)
-    header.model(handlers.change_model, None, [header, elements.panels], concurrency_limit=1, **slow)
+    header.model(handlers.change_model, None, [header, *shown], concurrency_limit=1, **slow)
     gr.on(
         [*(entry.change for entry in settings), *(one.blur for one in (elements.sampling[0], elements.prompt)),
          elements.address.apply],
