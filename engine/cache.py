@@ -17,6 +17,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -311,7 +312,7 @@ class KVCache(TransformersCache, OpenRows):
         saved = self.save()
         num_bytes = storage_bytes(tensors_in(saved))
         self._checkpoint_bytes += num_bytes
-        probe = None if self.probe is None else self.probe.save(self.lengths[0][0])
+        probe = None if self.probe is None else self.probe.save(self)
         return Checkpoint(list(self.lengths[0]), self._seen[0], saved, num_bytes, probe)
 
     def rollback(self, checkpoint: Checkpoint) -> None:
@@ -401,12 +402,11 @@ class KVCache(TransformersCache, OpenRows):
     ) -> torch.Tensor:
         """`query` over everything stored and the `exact` tiles, the last of which are the queries' own."""
         length = self.lengths[layer][row]
-        stored = (
-            self.rebuild(layer, row, start, min(start + TILE_TOKENS, length)) for start in range(0, length, TILE_TOKENS)
-        )
-        partials = [attend_tile(query, tile, scaling=scaling) for tile in (*stored, *exact[:-1])]
-        partials.append(attend_tile(query, exact[-1], scaling=scaling, is_causal=True))
-        return merge_all(partials).output.to(query.dtype)
+        starts = range(0, length, TILE_TOKENS)
+        stored = (self.rebuild(layer, row, start, min(start + TILE_TOKENS, length)) for start in starts)
+        partials = (attend_tile(query, tile, scaling=scaling) for tile in chain(stored, exact[:-1]))
+        newest = attend_tile(query, exact[-1], scaling=scaling, is_causal=True)
+        return merge_all(chain(partials, [newest])).output.to(query.dtype)
 
     def _end_prefill(self, layer: int) -> None:
         if not self._waiting.waits(layer):

@@ -135,11 +135,15 @@ class Comparison:
             if lane_id not in wanted or self._lanes[lane_id].spec != wanted[lane_id]:
                 self._lanes.pop(lane_id).free()
         kept, self._lanes = self._lanes, {}
-        for lane_id, spec in wanted.items():
-            warm_up(self.model, spec.method, spec.config)
-            self._lanes[lane_id] = kept.get(lane_id) or Lane(
-                self.model, spec, probed_layer=options.probed_layer, budget=self._budget
-            )
+        try:
+            for lane_id, spec in wanted.items():
+                warm_up(self.model, spec.method, spec.config)
+                self._lanes[lane_id] = kept.pop(lane_id, None) or Lane(
+                    self.model, spec, probed_layer=options.probed_layer, budget=self._budget
+                )
+        finally:
+            # Where one lane cannot be made, the others stay and are freed with the rest.
+            self._lanes |= kept
 
     def _run(self, prompts: dict[str, list[int]], options: RunOptions, stop: threading.Event) -> Iterator[RunLog]:
         room = {lane_id: self.model.max_context - len(ids) for lane_id, ids in prompts.items()}

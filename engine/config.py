@@ -44,6 +44,8 @@ class MethodConfig:
             if "choices" in rule and value not in rule["choices"]:
                 choices = ", ".join(map(str, rule["choices"]))
                 raise ValueError(f"{entry.name} must be one of {choices}; got {value!r}")
+            if isinstance(entry.default, int) and not isinstance(value, int):
+                raise ValueError(f"{entry.name} must be a whole number; got {value!r}")
             if "minimum" in rule and not rule["minimum"] <= value <= rule["maximum"]:
                 raise ValueError(
                     f"{entry.name} must lie between {rule['minimum']} and {rule['maximum']}; got {value!r}"

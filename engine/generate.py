@@ -64,14 +64,15 @@ def prefill(model: LoadedModel, cache: KVCache, token_ids: Sequence[int]) -> Ite
 
     The time of the last pass includes packing. Closing the iterator early leaves the cache as before.
     """
-    with torch.inference_mode(), cache.prefill():
+    # Each pass enters inference mode by itself: it belongs to a thread, and who asks for the next chunk may be another.
+    with cache.prefill():
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]
             result = forward(model, cache, chunk)
             if start + PREFILL_CHUNK < len(token_ids):
                 yield result
         watch = Stopwatch()
-        with watch.measure(model.device):
+        with torch.inference_mode(), watch.measure(model.device):
             cache.end_prefill()
     yield Forward(result.logits, result.milliseconds + watch.milliseconds, result.num_tokens)
 

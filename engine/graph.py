@@ -10,6 +10,7 @@ takes every step by itself, and `reason` says why.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -119,15 +120,17 @@ class _Bound:
 
     def __init__(self, network: PreTrainedModel, cache: KVCache, capture: Capture) -> None:
         self.num_rows = cache.num_rows
-        self.graph = StepGraph(cache, self._pass_over, capture)
-        self._network = network
         self._inputs = torch.zeros(2, cache.num_rows, 1, dtype=torch.int64, device=network.device)
+        # Of the network and the inputs alone: a method would keep this object, and the network, in a cycle.
+        self._pass_over = partial(_pass_over, network, self._inputs)
+        self.graph = StepGraph(cache, self._pass_over, capture)
 
     def run(self, cache: KVCache, tokens: Sequence[int], key: Hashable) -> torch.Tensor:
         self._inputs.copy_(torch.tensor([list(tokens), cache.lengths[0]]).unsqueeze(-1))
         return self._pass_over(cache) if key is None else self.graph.run(key).clone()
 
-    def _pass_over(self, cache: KVCache) -> torch.Tensor:
-        """The network's own forward over the tokens in place. Shapes: `[B, V]`."""
-        ids, positions = self._inputs
-        return self._network(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[:, -1]
+
+def _pass_over(network: PreTrainedModel, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """The network's own forward over the tokens and positions in `inputs`. Shapes: int64 `[2, B, 1]` → `[B, V]`."""
+    ids, positions = inputs
+    return network(ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits[:, -1]

@@ -91,16 +91,18 @@ class Lane:
         self._probe.look_at(probed_layer)
         reused = self._rewind(token_ids)
         self._stream = TextStream(self._model.decode)
-        self.log.reused_tokens, self.log.prefill_ms = reused, 0.0
-        if reused == len(token_ids):
-            return
+        self.log.reused_tokens = reused
         self._cache.reserve(len(token_ids) + max_new_tokens)
-        with closing(prefill(self._model, self._cache, token_ids[reused:])) as passes:
-            for result in passes:
-                self.log.prefill_ms += result.milliseconds
-                yield
-        self._tokens, self._logits = list(token_ids), result.logits
-        self._anchor()
+        milliseconds = 0.0
+        if reused < len(token_ids):
+            with closing(prefill(self._model, self._cache, token_ids[reused:])) as passes:
+                for result in passes:
+                    milliseconds += result.milliseconds
+                    yield
+            self._tokens, self._logits = list(token_ids), result.logits
+            self._anchor()
+        # A part of the time beside the whole prompt would read as a speed that never was.
+        self.log.prefill_ms = milliseconds
         self._sample_memory()
 
     def advance(self, sampling: Sampling) -> None:

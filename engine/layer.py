@@ -1,6 +1,7 @@
 """What transformers sees of a cache, and of one layer: a handle that passes fresh keys and values on."""
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -20,7 +21,8 @@ class LayerHandle(CacheLayerMixin):
 
     def __init__(self, cache: "KVCache", layer: int) -> None:
         super().__init__()
-        self.cache = cache
+        # The cache owns its handles: a reference back would keep its tensors until a full collection of garbage.
+        self._cache = ref(cache)
         self.layer = layer
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -34,13 +36,13 @@ class LayerHandle(CacheLayerMixin):
         """See `KVCache.attend`, with the keys and values of the last `update`."""
         keys, values = self._fresh
         self._fresh = None
-        return self.cache.attend(self.layer, query, keys, values, scaling=scaling, mask=mask)
+        return self._cache().attend(self.layer, query, keys, values, scaling=scaling, mask=mask)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the cache knows its shape from the start."""
 
     def get_seq_length(self) -> int:
-        return self.cache.seen_tokens(self.layer)
+        return self._cache().seen_tokens(self.layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

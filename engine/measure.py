@@ -74,7 +74,7 @@ def last_cache_bytes(device: torch.device) -> int:
 def conditions(device: torch.device | str = "cpu") -> dict[str, str]:
     """What a figure depends on besides the code: date, device, versions."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "device": device_name(torch.device(device)),
         "kvlens": kvlens.__version__,
         "torch": torch.__version__,

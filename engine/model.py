@@ -246,12 +246,22 @@ def _dtype(dtype: str, device: torch.device, config) -> torch.dtype:
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
+_WINDOW_IS_MASK = frozenset(("mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"))
+"""Model types whose sliding layers are their full ones under another mask."""
+
+
 def _context(config, max_context: int | None) -> int:
     """Tokens of prompt and answer together; a sliding window that is wider drops out of the configuration."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or 2048
     window = getattr(text, "sliding_window", None)
     if window is not None and getattr(text, "use_sliding_window", True):
+        kinds = {*(getattr(text, "layer_types", None) or ())}
+        if len(kinds) > 1 and text.model_type not in _WINDOW_IS_MASK:
+            raise ModelError(
+                f"This model ({text.model_type}) cannot be served: it mixes layers of sliding and of full attention, "
+                "which may differ in more than the mask. Choose a Llama, Mistral, Qwen2 or Qwen3."
+            )
         # Inside the window sliding attention is plain causal attention.
         limit = min(limit, window)
         text.sliding_window = None

@@ -126,16 +126,18 @@ class ErrorProbe:
             exact[block.side, :, block.first_token : block.stop] = block.exact.float()
         return exact.cpu().numpy(), rebuilt.cpu().numpy()
 
-    def save(self, num_tokens: int) -> Any:
-        """What `restore` needs to return to this moment, when the sequence had `num_tokens` tokens."""
-        by_token = self._by_token[..., :num_tokens].clone()
-        return by_token, self._by_channel.clone(), self._peak.clone(), list(self._exact), list(self._staged)
+    def save(self, cache: "KVCache") -> Any:
+        """What `restore` needs to return to this moment: nothing of what was staged, which is measured now."""
+        self.measure(cache)
+        by_token = self._by_token[..., : cache.lengths[0][0]].clone()
+        return by_token, self._by_channel.clone(), self._peak.clone(), list(self._exact)
 
     def restore(self, saved: Any) -> None:
         """Forget what was measured after `save`."""
-        by_token, by_channel, peak, exact, staged = saved
+        by_token, by_channel, peak, exact = saved
         self._by_token, self._by_channel, self._peak = by_token.clone(), by_channel.clone(), peak.clone()
-        self._exact, self._staged = list(exact), list(staged)
+        # The microscope may have been turned to another layer since.
+        self._exact, self._staged = [block for block in exact if block.layer == self.layer], []
 
 
 def _joined(blocks: list[_Block]) -> list[_Block]:

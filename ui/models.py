@@ -75,6 +75,7 @@ class ModelHub:
     is_loading: bool = False
     budget: MemoryBudget | None = None
     version: int = 0
+    _turn: threading.Lock = field(default_factory=threading.Lock)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def start(self) -> None:
@@ -87,7 +88,14 @@ class ModelHub:
             self.change(self.request.name)
 
     def change(self, name: str | None) -> "LoadedModel":
-        """Load `name` and serve it; on a fault the present model stays. Raises: EngineError."""
+        """Load `name` and serve it; on a fault the present model stays. Raises: EngineError.
+
+        One load after the other, the first one among them: the last that was asked for stays.
+        """
+        with self._turn:
+            return self._change(name)
+
+    def _change(self, name: str | None) -> "LoadedModel":
         label = name or "the built-in model"
         self._tell(progress=text.MODEL_LOADING.format(name=label), problem="", is_loading=True)
         try:

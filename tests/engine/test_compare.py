@@ -2,14 +2,17 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import pytest
 import torch
 
+from kvlens.engine import compare
 from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.compare import Comparison, RunOptions
 from kvlens.engine.errors import ContextFull, EngineError, OutOfMemory
-from kvlens.engine.generate import generate
+from kvlens.engine.generate import generate, prefill
 from kvlens.engine.lane import LaneSpec
 from kvlens.engine.methods.dense import DenseCache, DenseConfig
 from kvlens.engine.methods.kivi import KiviCache, KiviConfig
@@ -211,6 +214,56 @@ def test_a_device_that_runs_out_of_memory_frees_the_caches_and_the_next_run_work
         last(comparison.run([user("u" * 100)], [DENSE, KIVI]))
     assert budget.used_bytes == 0
     assert last(comparison.run([user("u" * 100)], [DENSE, KIVI], RunOptions(max_new_tokens=4))).lanes[0].finish
+
+
+def test_a_lane_that_cannot_be_made_costs_the_others_nothing(tiny_model, monkeypatch):
+    budget = MemoryBudget()
+    comparison = Comparison(tiny_model, budget=budget)
+    last(comparison.run([user("hello")], [DENSE, KIVI], RunOptions(max_new_tokens=3)))
+
+    def failing(model, method_name, config):
+        raise EngineError("no such dictionary")
+
+    monkeypatch.setattr(compare, "warm_up", failing)
+    with pytest.raises(EngineError, match="no such dictionary"):
+        last(comparison.run([user("hello")], [DENSE, KIVI]))
+    comparison.free()
+    assert budget.used_bytes == 0
+
+
+def test_a_dropped_cache_goes_at_once_without_a_collection_of_garbage(tiny_model):
+    comparison = Comparison(tiny_model)
+    last(comparison.run([user("hello")], [DENSE, KIVI], RunOptions(max_new_tokens=3)))
+    caches = [ref(comparison.lane(lane_id).cache) for lane_id in "ab"]
+    gc.collect()
+    gc.disable()
+    try:
+        comparison.free()
+        assert [cache() for cache in caches] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_an_answer_made_again_has_room_before_its_first_step(tiny_model):
+    comparison = Comparison(tiny_model)
+    last(comparison.run([user("hello")], [DENSE], RunOptions(max_new_tokens=3)))
+    runs = comparison.run([user("hello")], [DENSE], RunOptions(max_new_tokens=900))
+    next(runs)
+    cache = comparison.lane("a").cache
+    before = cache.footprint().reserved_bytes
+    record = last(runs)
+    assert cache.footprint().reserved_bytes == before
+    assert len(record.lanes[0].memory) == len(record.lanes[0].steps)
+
+
+def test_a_prompt_read_by_several_threads_leaves_no_thread_in_inference_mode(tiny_model):
+    cache = tiny_model.new_cache("dense", DenseConfig())
+    passes = prefill(tiny_model, cache, tiny_model.encode("u" * 1200))
+    with ThreadPoolExecutor(1) as worker:
+        worker.submit(next, passes).result()
+        assert not worker.submit(torch.is_inference_mode_enabled).result()
+        passes.close()
+        assert not torch.is_inference_mode_enabled()
 
 
 def test_no_memory_stays_behind_after_many_stopped_runs(tiny_model):

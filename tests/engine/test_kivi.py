@@ -134,6 +134,7 @@ def test_options_that_depart_from_the_paper_keep_more_exact():
         ({"group_size": 48}, "group_size must be one of 32, 64, 128; got 48"),
         ({"group_size": 128, "residual_length": 192}, "residual_length must be a multiple of group_size"),
         ({"num_sinks": 65}, "num_sinks must lie between 0 and 64; got 65"),
+        ({"num_sinks": 2.5}, "num_sinks must be a whole number; got 2.5"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_the_rule(settings, message):

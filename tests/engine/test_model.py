@@ -1,7 +1,9 @@
 """Loading: every family through the same door, and a sentence for whatever cannot be served."""
 
 import errno
+import gc
 from unittest.mock import MagicMock
+from weakref import ref
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from kvlens.engine.errors import ModelError
 from kvlens.engine.model import load_model
+from kvlens.engine.registry import method
+from kvlens.engine.warm_up import warm_up
 from tests import tiny
 
 
@@ -61,17 +65,30 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(folder, device="cpu")
 
 
-def test_a_model_whose_attention_we_do_not_serve_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("layer_types", "reason"), [(None, "mixes layers of sliding"), (["full_attention"] * 2, "cannot be served")]
+)
+def test_a_model_whose_attention_we_do_not_serve_is_refused(tmp_path, layer_types, reason):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
         vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=256, sliding_window=64,
+        layer_types=layer_types,
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="cannot be served"):
+    with pytest.raises(ModelError, match=reason):
         load_model(str(tmp_path), device="cpu")
+
+
+def test_a_model_that_was_left_for_another_goes(tmp_path):
+    model = load_model(tiny.save(tmp_path), device="cpu")
+    warm_up(model, "kivi", method("kivi").config())
+    network = ref(model.network)
+    del model
+    gc.collect()
+    assert network() is None
 
 
 def test_chat_without_a_template_is_plain_text(tiny_model, monkeypatch):

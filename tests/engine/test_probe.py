@@ -76,3 +76,30 @@ def test_going_back_forgets_what_was_measured_since():
     after = probe.snapshot(cache)
     for name in ("by_token", "by_head", "by_channel", "peak_channel", "exact", "rebuilt"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+
+
+def test_going_back_with_the_microscope_on_another_layer_shows_nothing_of_the_old_one():
+    cache = KiviCache(SHAPE, KiviConfig(residual_length=32))
+    probe = cache.watch(layer=0)
+    run(cache, 150)
+    moment = cache.checkpoint()
+    run(cache, 1)
+    probe.look_at(1)
+    cache.rollback(moment)
+    snapshot = probe.snapshot(cache)
+    assert snapshot.probed_layer == 1
+    is_packed = np.isfinite(snapshot.by_token[:, 1])
+    assert is_packed.any()
+    assert np.isnan(snapshot.exact[is_packed]).all()
+
+
+def test_a_checkpoint_keeps_no_copy_of_the_prompt():
+    cache = KiviCache(SHAPE, KiviConfig(residual_length=32))
+    probe = cache.watch(layer=0)
+    run(cache, 500)
+    before = probe.nbytes
+    saved = cache.checkpoint().probe
+    kept = sum(block.exact.nbytes for block in saved[-1])
+    assert {block.layer for block in saved[-1]} == {0}
+    # Of the two layers' packed prompt that of the layer under the microscope stays.
+    assert probe.nbytes < before - kept / 2
