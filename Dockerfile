@@ -2,7 +2,8 @@
 # the CPU with the embedded model.
 FROM python:3.11-slim
 
-# The compiled CPU kernels run in torch's own OpenMP; nothing else of the system is needed.
+# Triton compiles its launcher with the system's C compiler when it first meets a GPU. The CPU kernels need nothing.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 kvlens
 USER kvlens
 WORKDIR /home/kvlens/app

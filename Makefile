@@ -1,9 +1,11 @@
-# `make run` and `make test` do all the set-up themselves, on a fresh machine with Python 3.10 or newer.
+# `make run` and `make test` do all the set-up themselves, on a fresh machine with Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# A half-made environment must not look finished to the next call.
+.DELETE_ON_ERROR:
 .PHONY: run test test-gpu lint bench screenshots record chromium clean
 
 run: $(VENV)/.installed            ## start the page and print its address
@@ -38,14 +40,14 @@ chromium:
 	  apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } 2>/dev/null || \
 	  echo "no Chromium here and none could be installed: the browser tests will be skipped"
 
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $(VENV)/.installed $@
 

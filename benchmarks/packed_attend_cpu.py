@@ -282,7 +282,7 @@ def conditions() -> dict[str, str]:
     """What a reader needs to judge a row: date, commit, processor, threads, versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit.stdout.strip(),
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),

@@ -140,7 +140,7 @@ def report(rows: list[Row], options, run: str, version: str) -> None:
     for panels in ("off", "live"):
         print(f"{panels:6}   {median(panels, 'tokens_per_second'):8.1f}   {median(panels, 'frames_per_second'):8.1f}")
     print(f"loss with panels live: {100 * loss:.1f} % (wanted under 5), load average {os.getloadavg()[0]:.1f}")
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     conditions = {
         "date": date, "chromium": version, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2), "rate": options.rate, "run": run,

@@ -93,7 +93,7 @@ def probed_layer(session: Session, model: "LoadedModel") -> int:
 
 
 def today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def run(session: Session, ticket: Ticket, model: "LoadedModel", budget: MemoryBudget | None = None) -> Iterator[Update]:

@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -281,7 +281,7 @@ def evaluate(
     _, held_out = read_texts(data)
     prose = "\n".join(held_out.books)
     return {
-        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, float32",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "num_parameters": sum(p.numel() for p in model.parameters()),
