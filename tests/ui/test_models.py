@@ -1,5 +1,6 @@
 """The model in service changes only when its successor is there, and only to what is offered."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,28 @@ def test_a_fault_is_a_sentence_and_the_present_model_stays(hub, name, word):
     assert hub.model.name == "embedded"
     hub.change("other")
     assert (hub.model.name, hub.problem) == ("other", "")
+
+
+def test_a_first_model_that_is_slow_does_not_replace_the_one_asked_for_later():
+    may_end, began, loading = threading.Event(), threading.Event(), []
+
+    def load(name, *, progress, **options):
+        loading.append(name)
+        assert len(loading) == 1
+        began.set()
+        if name is None:
+            assert may_end.wait(10)
+        loading.clear()
+        return fake_load(name, progress=progress)
+
+    hub = ModelHub(ModelRequest(budget_bytes=1000), load=load)
+    hub.start()
+    assert began.wait(10)
+    later = threading.Thread(target=hub.change, args=("other",))
+    later.start()
+    may_end.set()
+    later.join(10)
+    assert hub.model.name == "other"
 
 
 def test_every_change_wakes_who_waits(hub):
