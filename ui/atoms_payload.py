@@ -64,7 +64,7 @@ def usage(side: CodedSide, head: int, encode: Encode) -> dict:
 def captured(side: CodedSide) -> list[float] | None:
     """The share of the squared norm of all known vectors that the start and 1, 2, ... atoms bring back."""
     energy = np.square(side.exact).sum(axis=-1)
-    is_known = np.isfinite(energy)
+    is_known = np.isfinite(energy) & np.isfinite(side.remaining).all(axis=-1)
     if not is_known.any():
         return None
     missing = (np.square(side.remaining[is_known]) * energy[is_known][:, None]).sum(axis=0)
@@ -90,7 +90,7 @@ def vector(side: CodedSide, head: int, token: int | None, encode: Encode) -> dic
         sums.append(sums[-1].copy())
         sums[-1][part * width : (part + 1) * width] += coefficients[step, part] * side.atoms[indices[step, part]]
     exact, remaining = side.exact[at], side.remaining[at]
-    is_known = bool(np.isfinite(exact).all())
+    is_known = bool(np.isfinite(exact).all() and np.isfinite(remaining).all())
     return {
         "token": shown,
         "asked": token,

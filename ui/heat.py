@@ -96,7 +96,7 @@ def grid_of(errors: ErrorSnapshot, view: View) -> np.ndarray | None:
 
 
 def code_cells(grid: np.ndarray, top: float) -> np.ndarray:
-    coded = np.clip(np.nan_to_num(grid) / top * (EXACT_CELL - 1), 0, EXACT_CELL - 1).round()
+    coded = np.clip(np.nan_to_num(grid, posinf=top) / top * (EXACT_CELL - 1), 0, EXACT_CELL - 1).round()
     return np.where(np.isnan(grid), EXACT_CELL, coded).astype(np.uint8)
 
 
@@ -107,14 +107,17 @@ def shared_top(log: RunLog, view: View) -> float:
     for lane in log.lanes:
         for kind in kinds:
             grid = grid_of(lane.errors, View(**{**vars(view), "kind": kind})) if lane.errors else None
-            if grid is not None and np.isfinite(grid).any():
-                tops.append(float(np.nanpercentile(grid, 99.8)))
+            numbers = np.empty(0) if grid is None else grid[np.isfinite(grid)]
+            if numbers.size:
+                tops.append(float(np.percentile(numbers, 99.8)))
     return nice_ceiling(max(tops, default=0.0))
 
 
 def mean_error(errors: ErrorSnapshot, kind: int) -> float | None:
+    """Over the tokens that were packed; None if there are none. An infinite one would be no JSON."""
     values = errors.by_token[kind]
-    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+    numbers = values[np.isfinite(values)]
+    return float(numbers.mean()) if numbers.size else None
 
 
 def errors_payload(log: RunLog, view: View, encode: Callable[[np.ndarray, str], dict]) -> dict:

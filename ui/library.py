@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 from kvlens.ui import text
-from kvlens.ui.recording import Recording, RecordingFault, from_bytes, to_bytes, to_csv
+from kvlens.ui.recording import MAX_FILE_BYTES, Recording, RecordingFault, from_bytes, to_bytes, to_csv
 
 RUNS_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "runs"
 SUFFIX = ".json.gz"
@@ -60,8 +60,10 @@ def export(recording: Recording, kind: str) -> str:
 
 def import_upload(data: object) -> Recording:
     """A run out of what the page uploaded. Raises: RecordingFault with a sentence."""
+    if isinstance(data, str) and len(data) > 4 * MAX_FILE_BYTES // 3 + 4:
+        raise RecordingFault(text.RUN_TOO_LARGE.format(limit=MAX_FILE_BYTES // 2**20))
     try:
-        raw = base64.b64decode(str(data), validate=True)
-    except ValueError as error:
+        raw = base64.b64decode(data, validate=True)
+    except (TypeError, ValueError) as error:
         raise RecordingFault("it did not arrive whole.") from error
     return from_bytes(raw)

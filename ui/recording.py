@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
@@ -25,6 +25,18 @@ from kvlens.engine.trace import (
     RunLog,
     StepTrace,
 )
+from kvlens.ui import text
+from kvlens.ui.recording_check import (
+    MAX_LANES,
+    MAX_STEPS,
+    MAX_TOKENS,
+    RecordingFault,
+    check,
+    check_count,
+    check_whole,
+    parse,
+    read_array,
+)
 
 FORMAT = "kvlens-run-1"
 MAX_FILE_BYTES = 32 * 2**20
@@ -34,9 +46,8 @@ NEVER = np.iinfo(np.int32).max
 _LANE_PARTS = ("steps", "memory", "errors", "atoms")
 """What of a lane is written in a form of its own."""
 
-
-class RecordingFault(ValueError):
-    """A file that is not a recording, and why."""
+_OMISSIBLE = ("vectors", "atoms", "moments", "errors")
+"""What a file that would be too large goes without, in this order: exact and rebuilt vectors first."""
 
 
 @dataclass
@@ -165,10 +176,28 @@ class Recorder:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """An array for pictures only: six bits after the leading one, within 1 %, which halves the file."""
+
+    array: np.ndarray
+
+    def coarse(self) -> np.ndarray:
+        bits = self.array.astype(np.float16).view(np.uint16).astype(np.uint32)
+        rounded = np.minimum(bits + 8, np.where(bits & 0x8000, 0xFBFF, 0x7BFF)) & 0xFFF0
+        coarse = rounded.astype(np.uint16).view(np.float16).astype(np.float32)
+        return np.where(np.isnan(self.array), np.nan, coarse)
+
+
 def _pack(value):
     """Plain data that JSON can hold."""
+    if isinstance(value, _Picture):
+        return _pack(value.coarse())
     if isinstance(value, np.ndarray):
         dtype = "f2" if value.dtype.kind == "f" else "i4"
+        if dtype == "f2":
+            # An infinite number would not be read again; the largest one is drawn the same.
+            value = np.clip(value, np.finfo(np.float16).min, np.finfo(np.float16).max)
         packed = np.ascontiguousarray(value, dtype="<" + dtype)
         return {"dtype": dtype, "shape": list(value.shape), "data": base64.b64encode(packed.tobytes()).decode()}
     if isinstance(value, Mapping):
@@ -178,56 +207,60 @@ def _pack(value):
     return value
 
 
-def _coarse(array: np.ndarray | None) -> np.ndarray | None:
-    """For pictures only: six bits after the leading one, within 1 %, which halves the file."""
-    if array is None:
-        return None
-    bits = array.astype(np.float16).view(np.uint16).astype(np.uint32)
-    rounded = np.minimum(bits + 8, np.where(bits & 0x8000, 0xFBFF, 0x7BFF)) & 0xFFF0
-    coarse = rounded.astype(np.uint16).view(np.float16).astype(np.float32)
-    return np.where(np.isnan(array), np.nan, coarse)
+def _array_bytes(value) -> int:
+    """What all arrays in it take in a file, without packing them: those of a long run would fill the memory."""
+    if isinstance(value, _Picture):
+        value = value.array
+    if isinstance(value, np.ndarray):
+        return (2 if value.dtype.kind == "f" else 4) * value.size * 4 // 3
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_array_bytes, value))
 
 
-def _errors(errors: ErrorSnapshot | None) -> dict | None:
+def _errors(errors: ErrorSnapshot | None, left_out: Collection[str]) -> dict | None:
     """None also for a lane that has packed nothing: it has no error to show."""
-    if errors is None or not np.isfinite(errors.by_token).any():
+    if errors is None or "errors" in left_out or not np.isfinite(errors.by_token).any():
         return None
-    return vars(errors) | {name: _coarse(getattr(errors, name)) for name in ("exact", "rebuilt")}
+    is_drawn = errors.exact is not None and errors.rebuilt is not None and "vectors" not in left_out
+    vectors = {name: _Picture(getattr(errors, name)) if is_drawn else None for name in ("exact", "rebuilt")}
+    return vars(errors) | vectors
 
 
-def _atoms(atoms: AtomSnapshot | None) -> dict | None:
-    return None if atoms is None else vars(atoms) | {"keys": _coded(atoms.keys), "values": _coded(atoms.values)}
+def _atoms(atoms: AtomSnapshot | None, left_out: Collection[str]) -> dict | None:
+    if atoms is None or "atoms" in left_out:
+        return None
+    return vars(atoms) | {"keys": _coded(atoms.keys), "values": _coded(atoms.values)}
 
 
 def _coded(side: CodedSide) -> dict:
     """Atoms that no code names are zero in the file, where they take no room."""
     is_used = np.isin(np.arange(len(side.atoms)), side.indices)
     pictures = {"exact": side.exact, "start": side.start, "atoms": side.atoms * is_used[:, None]}
-    return vars(side) | {name: _coarse(array) for name, array in pictures.items()}
+    return vars(side) | {name: _Picture(array) for name, array in pictures.items()}
 
 
-def _array(packed: Mapping) -> np.ndarray:
-    if packed["dtype"] not in ("f2", "i4"):
-        raise RecordingFault(f"arrays must be f2 or i4; got {packed['dtype']!r}")
-    flat = np.frombuffer(base64.b64decode(packed["data"]), dtype="<" + packed["dtype"])
-    array = flat.reshape([int(size) for size in packed["shape"]])
-    return array.astype(np.float32 if packed["dtype"] == "f2" else np.int32)
+def _history(history: ErrorHistory, left_out: Collection[str]) -> dict:
+    return vars(history) | ({"moments": [], "coverage": []} if "moments" in left_out else {})
 
 
-def to_bytes(recording: Recording) -> bytes:
-    """The file of a recording: gzipped JSON. Errors are kept in half precision, what pictures show within 1 %."""
+def _content(recording: Recording, left_out: Collection[str]) -> dict:
+    """What a file holds, its arrays not packed yet."""
     log = recording.log
     lanes = [
         {entry.name: getattr(lane, entry.name) for entry in fields(lane) if entry.name not in _LANE_PARTS}
         | {
             "steps": [list(vars(step).values()) for step in lane.steps],
             "memory": [[sample.num_tokens, sample.parts] for sample in lane.memory],
-            "errors": _errors(lane.errors),
-            "atoms": _atoms(lane.atoms),
+            "errors": _errors(lane.errors, left_out),
+            "atoms": _atoms(lane.atoms, left_out),
         }
         for lane in log.lanes
     ]
-    content = {
+    history = {} if "errors" in left_out else recording.history
+    return {
         "format": FORMAT,
         "about": {
             name: getattr(recording, name) for name in ("prompts", "earlier_answers", "settings", "projection", "date")
@@ -237,9 +270,26 @@ def to_bytes(recording: Recording) -> bytes:
         },
         "machine": asdict(log.machine),
         "lanes": lanes,
-        "history": {lane_id: vars(history) for lane_id, history in recording.history.items()},
+        "history": {lane_id: _history(entry, left_out) for lane_id, entry in history.items()},
     }
-    return gzip.compress(json.dumps(_pack(content)).encode(), mtime=0)
+
+
+def to_bytes(recording: Recording) -> bytes:
+    """The file of a recording: gzipped JSON. Errors are kept in half precision, what pictures show within 1 %.
+
+    Whatever is written can be read again: a run that would pass `MAX_FILE_BYTES` goes without the exact and rebuilt
+    vectors of its lanes, then without their atoms, then without how the statistics grew, and then without errors.
+    """
+    errors = [lane.errors for lane in recording.log.lanes if lane.errors is not None]
+    is_too_long = any(each.by_token.shape[-1] > MAX_TOKENS for each in errors)
+    for count in range(len(_OMISSIBLE) if is_too_long else 0, len(_OMISSIBLE) + 1):
+        content = _content(recording, _OMISSIBLE[:count])
+        if _array_bytes(content) > MAX_FILE_BYTES:
+            continue
+        written = json.dumps(_pack(content)).encode()
+        if len(written) <= MAX_FILE_BYTES:
+            break
+    return gzip.compress(written, mtime=0)
 
 
 def from_bytes(data: bytes) -> Recording:
@@ -248,6 +298,8 @@ def from_bytes(data: bytes) -> Recording:
         return _read(_unzip(data))
     except RecordingFault:
         raise
+    except (RecursionError, OverflowError, MemoryError) as error:
+        raise RecordingFault("it is nested too deeply or too large to be read.") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, OSError, zlib.error) as error:
         raise RecordingFault(f"it is damaged or of another kind ({type(error).__name__}).") from error
 
@@ -256,57 +308,68 @@ def _unzip(data: bytes) -> dict:
     if data[:2] == b"\x1f\x8b":
         data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
-        raise RecordingFault(f"it is larger than {MAX_FILE_BYTES // 2**20} MiB.")
-    content = json.loads(data)
+        raise RecordingFault(text.RUN_TOO_LARGE.format(limit=MAX_FILE_BYTES // 2**20))
+    content = parse(data)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RecordingFault(f"its format is not {FORMAT}.")
     return content
 
 
 def _read(content: dict) -> Recording:
-    log = RunLog(
-        **content["run"],
-        machine=MachineMemory(**content["machine"]),
-        lanes=[_read_lane(entry) for entry in content["lanes"]],
+    """Nothing is converted on the way in: `check` sees the values as they stand in the file."""
+    lanes, about = content["lanes"], content["about"]
+    check_count(lanes, "the lanes", MAX_LANES)
+    # Objects are larger than their text: they are counted before they are made.
+    for name, most in (("steps", MAX_STEPS), ("memory", MAX_STEPS + MAX_LANES)):
+        for lane in lanes:
+            check_count(lane[name], f"the {name} of a lane", most)
+        check_whole(sum(len(lane[name]) for lane in lanes), f"the number of {name} in all lanes", 0, most)
+    recording = Recording(
+        log=RunLog(
+            **content["run"],
+            machine=MachineMemory(**content["machine"]),
+            lanes=[_read_lane(entry) for entry in lanes],
+        ),
+        **{name: about[name] for name in ("prompts", "earlier_answers", "settings", "date")},
+        projection=[(tokens, sizes) for tokens, sizes in about["projection"]],
+        history={lane_id: _read_history(entry) for lane_id, entry in content["history"].items()},
     )
-    if not log.lanes or len(log.lanes) > 8:
-        raise RecordingFault(f"it must hold 1 to 8 lanes; got {len(log.lanes)}.")
-    history = {
-        lane_id: ErrorHistory(
-            _array(entry["packed_at"]),
-            [(int(step), *(_array(part) for part in parts)) for step, *parts in entry["moments"]],
-            [(int(step), _array(coverage)) for step, coverage in entry.get("coverage", [])],
-        )
-        for lane_id, entry in content["history"].items()
-    }
-    about = content["about"]
-    projection = [(int(tokens), {str(k): int(v) for k, v in sizes.items()}) for tokens, sizes in about["projection"]]
-    return Recording(
-        log=log,
-        prompts=[str(prompt) for prompt in about["prompts"]],
-        earlier_answers={lane: [str(one) for one in answers] for lane, answers in about["earlier_answers"].items()},
-        settings=dict(about["settings"]),
-        projection=projection,
-        date=str(about["date"]),
-        history=history,
-    )
+    check(recording)
+    return recording
 
 
 def _read_lane(entry: dict) -> LaneLog:
-    errors = entry["errors"]
-    if errors is not None:
-        arrays = {name: _array(value) for name, value in errors.items() if isinstance(value, dict)}
-        errors = ErrorSnapshot(**{"exact": None, "rebuilt": None} | arrays, probed_layer=int(errors["probed_layer"]))
     plain = {name: value for name, value in entry.items() if name not in _LANE_PARTS}
     return LaneLog(
         **plain,
-        errors=errors,
+        errors=_read_errors(entry["errors"]),
         atoms=_read_atoms(entry.get("atoms")),
         steps=[_read_step(values) for values in entry["steps"]],
-        memory=[
-            MemorySample(int(tokens), {str(part): int(size) for part, size in parts.items()})
-            for tokens, parts in entry["memory"]
-        ],
+        memory=[MemorySample(tokens, parts) for tokens, parts in entry["memory"]],
+    )
+
+
+def _read_errors(entry: dict | None) -> ErrorSnapshot | None:
+    if entry is None:
+        return None
+    vectors = {name: entry.get(name) for name in ("exact", "rebuilt")}
+    return ErrorSnapshot(
+        *_read_statistics([entry[name] for name in ("by_token", "by_head", "by_channel", "peak_channel")]),
+        probed_layer=entry["probed_layer"],
+        **{name: None if one is None else read_array(one, name, has_gaps=True) for name, one in vectors.items()},
+    )
+
+
+def _read_statistics(entries: Sequence) -> list[np.ndarray]:
+    """NaN stands where nothing was packed yet."""
+    return [read_array(entry, "an error statistic", has_gaps=True) for entry in entries]
+
+
+def _read_history(entry: dict) -> ErrorHistory:
+    return ErrorHistory(
+        read_array(entry["packed_at"], "packed_at", "i4"),
+        [(step, *_read_statistics(parts)) for step, *parts in entry["moments"]],
+        [(step, read_array(coverage, "coverage")) for step, coverage in entry.get("coverage", [])],
     )
 
 
@@ -314,19 +377,20 @@ def _read_atoms(entry: dict | None) -> AtomSnapshot | None:
     """None also for a run that was recorded before there were atoms to see."""
     if entry is None:
         return None
-    sides = (
-        CodedSide(int(side.pop("first_token")), **{name: _array(value) for name, value in side.items()})
-        for side in (entry["keys"], entry["values"])
-    )
-    return AtomSnapshot(int(entry["probed_layer"]), _array(entry["coverage"]), *sides)
+    sides = (_read_side(entry[kind]) for kind in ("keys", "values"))
+    return AtomSnapshot(entry["probed_layer"], read_array(entry["coverage"], "coverage"), *sides)
+
+
+def _read_side(entry: dict) -> CodedSide:
+    """NaN stands where the exact token is not known."""
+    names = ("coefficients", "exact", "start", "remaining", "atoms")
+    arrays = {name: read_array(entry[name], name, has_gaps=name in ("exact", "remaining")) for name in names}
+    return CodedSide(entry["first_token"], read_array(entry["indices"], "indices", "i4"), **arrays)
 
 
 def _read_step(values: Sequence) -> StepTrace:
     token_id, piece, step_ms, log_prob, alternatives = values
-    return StepTrace(
-        int(token_id), str(piece), float(step_ms), float(log_prob),
-        tuple((str(token), float(probability)) for token, probability in alternatives),
-    )  # fmt: skip
+    return StepTrace(token_id, piece, step_ms, log_prob, tuple((one, probability) for one, probability in alternatives))
 
 
 def to_csv(recording: Recording) -> str:
