@@ -53,7 +53,7 @@ SURFACES = {
     "sunken": Shade("#faf9f6", "#15181b"),
     "ink": Shade("#1c2025", "#e9e7e2"),
     "muted": Shade("#656b73", "#979ea8"),
-    "faint": Shade("#8c9198", "#737a84"),
+    "faint": Shade("#6b7078", "#8b929c"),
     "line": Shade("#e3e1da", "#2a2e34"),
     "line-strong": Shade("#c9c6bd", "#41464e"),
     "exact-cell": Shade("#e9ebee", "#262b31"),

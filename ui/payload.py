@@ -180,6 +180,9 @@ def budget_use(budget: MemoryBudget | None) -> dict | None:
 def notices(log: RunLog, scene: Scene) -> list[str]:
     found = [scene.notice] if scene.notice else []
     found += log.notices
+    # Nobody can go on with a recorded conversation, so nobody need know how full its context was.
+    if scene.state in ("recorded", "replay"):
+        return list(dict.fromkeys(found))
     context = context_use(log)
     if any(lane.finish == "context" for lane in log.lanes):
         found.append(text.context_full(context["limit"]))

@@ -27,6 +27,10 @@ KVLens.units = {
   count(number) {
     return number === null || number === undefined ? "–" : number.toLocaleString("en-US");
   },
+  // How a cache stands to fp16: `ratio` is fp16's bytes over its own.
+  saving(ratio) {
+    return ratio < 1 ? `${KVLens.units.figures(1 / ratio)}× larger` : `${KVLens.units.figures(ratio)}${KVLens.text.lane.smaller}`;
+  },
   context(tokens) {
     return tokens % 1024 === 0 ? `${tokens / 1024}k` : KVLens.units.count(tokens);
   },
@@ -34,6 +38,11 @@ KVLens.units = {
 
 // Fill `{name}` in a sentence from ui/text.py.
 KVLens.fill = (template, values) => template.replace(/\{(\w+)\}/g, (all, name) => values[name] ?? all);
+
+// A fault in one part of the page is told in the console and stays in that part.
+KVLens.guarded = (call) => (...values) => {
+  try { return call(...values); } catch (fault) { console.error(fault); return undefined; }
+};
 
 // For the few places (plotly labels) that read a little HTML.
 KVLens.escape = (text) => String(text).replace(/[&<>]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[sign]);

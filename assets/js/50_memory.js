@@ -23,16 +23,19 @@ KVLens.memoryPanel = (root) => {
     const lanes = payload.lanes;
     const traces = [];
     const width = 1 / lanes.length;
-    let [start, now] = [Infinity, 0];
+    let [start, now, largest] = [Infinity, 0, 0];
     for (const lane of lanes) {
       lane.series = KVLens.decode(lane.memory.tokens);
       if (lane.series.length === 0) continue;
       start = Math.min(start, lane.series[0]);
       now = Math.max(now, lane.series[lane.series.length - 1]);
+      lane.bytes = Object.entries(lane.memory.parts).map(([part, packed]) => [part, Array.from(KVLens.decode(packed))]);
+      lane.series.forEach((_, index) => { largest = Math.max(largest, lane.bytes.reduce((sum, [, sizes]) => sum + sizes[index], 0)); });
     }
     if (!Number.isFinite(start)) start = 0;
     const end = KVLens.steadyEnd(start, now);
-    const top = payload.fp16_bytes_per_token * end * 1.04;
+    // A compressed cache may be larger than fp16 while it is short: its tables, the atoms of a prompt.
+    const top = Math.max(payload.fp16_bytes_per_token * end, largest) * 1.04;
     const unit = top >= 1e9 ? [1e9, "GB"] : top >= 1e6 ? [1e6, "MB"] : [1e3, "kB"];
     const layout = KVLens.plots.layout({ margin: { l: 44, r: 8, t: 24, b: 36 }, annotations: [], hovermode: "x unified" });
     lanes.forEach((lane, index) => {
@@ -43,9 +46,9 @@ KVLens.memoryPanel = (root) => {
         domain: side, range: [start, end], nticks: end < 1000 ? 4 : 3, anchor: "y", fixedrange: true,
       });
       const x = Array.from(lane.series);
-      for (const [part, packed] of Object.entries(lane.memory.parts)) {
+      for (const [part, sizes] of lane.bytes || []) {
         traces.push({
-          type: "scatter", mode: "lines", x, y: Array.from(KVLens.decode(packed), (value) => value / unit[0]), xaxis, yaxis,
+          type: "scatter", mode: "lines", x, y: sizes.map((size) => size / unit[0]), xaxis, yaxis,
           stackgroup: lane.id, line: { width: 0 }, fillcolor: colours.part(lane.method, part),
           name: KVLens.text.parts[part] || part, hovertemplate: `%{y:.3s} ${unit[1]}`,
         });
@@ -119,7 +122,9 @@ KVLens.memoryPanel = (root) => {
       ...payload.lanes.map((lane) => {
         const ratio = sizes[lane.id] ? sizes.fp16 / sizes[lane.id] : null;
         const cell = make("span", { text: units.bytes(sizes[lane.id]) });
-        if (ratio && lane.method !== "dense") cell.append(make("small", { text: ` ${units.figures(ratio)}×` }));
+        if (ratio && lane.method !== "dense") {
+          cell.append(make("small", { text: ` ${ratio < 1 ? units.saving(ratio) : `${units.figures(ratio)}×`}` }));
+        }
         return cell;
       }),
     ]));

@@ -100,10 +100,15 @@ KVLens.labFigures = ({ onSave }) => {
   }
 
   // --- the charts ---------------------------------------------------------------------------------
-  function picker(box, label, numbers, current, show, pick) {
-    const choice = KVLens.segments(numbers.map((number) => [number, show(number)]), label, pick);
-    choice.set(current);
-    box.replaceChildren(make("span", { text: label }), choice.root);
+  // Draws come four times a second while it measures: the buttons stay the same ones, or a press and the focus would be lost.
+  function picker(chart, label, numbers, current, show, pick) {
+    const offered = numbers.join();
+    if (chart.offered !== offered) {
+      chart.offered = offered;
+      chart.choice = KVLens.segments(numbers.map((number) => [number, show(number)]), label, pick);
+      chart.pick.replaceChildren(make("span", { text: label }), chart.choice.root);
+    }
+    chart.choice.set(current);
   }
   const logAxis = (title, numbers, show, ticks = numbers) => KVLens.plots.axis(title, {
     type: "log", tickvals: ticks, ticktext: ticks.map(show), fixedrange: true,
@@ -177,8 +182,8 @@ KVLens.labFigures = ({ onSave }) => {
   }
 
   function drawCharts() {
-    picker(overBatch.pick, words.at_context, run.contexts, view.context, units.context, (context) => { view.picked.context = context; draw(); });
-    picker(overContext.pick, words.at_batch, run.batch_sizes, view.batch, String, (batch) => { view.picked.batch = batch; draw(); });
+    picker(overBatch, words.at_context, run.contexts, view.context, units.context, (context) => { view.picked.context = context; draw(); });
+    picker(overContext, words.at_batch, run.batch_sizes, view.batch, String, (batch) => { view.picked.batch = batch; draw(); });
     lines(overBatch.plot, {
       numbers: run.batch_sizes, pick: (index, batch) => cellAt(index, view.context, batch), title: words.speed_axis, unit: "tok/s",
       value: (cell) => cell.tokens_per_second, low: (cell) => (1000 * cell.batch_size) / cell.step_ms_high, high: (cell) => (1000 * cell.batch_size) / cell.step_ms_low,

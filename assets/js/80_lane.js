@@ -41,56 +41,65 @@ KVLens.lane = (component, laneId) => {
     if (event.key === "Escape" && !popover.hidden) { open(false); event.stopPropagation(); }
   });
 
+  // What a person sets a field with: its `root`, and `set` to show another value in it.
   function control(field) {
-    const current = value.config[field.name];
     const show = (entry) => (entry === null ? words.none : `${entry}`);
-    if (field.kind === "switch") {
-      const choice = KVLens.segments([[true, words.on], [false, words.off]], field.label, (entry) => set(field.name, entry));
-      choice.set(current);
-      return choice.root;
-    }
-    if (field.kind === "choices" && field.choices.length <= 5) {
-      const choice = KVLens.segments(field.choices.map((entry) => [entry, show(entry)]), field.label, (entry) => set(field.name, entry));
-      choice.set(current);
-      return choice.root;
-    }
+    const segments = (choices) => KVLens.segments(choices, field.label, (entry) => set(field.name, entry));
+    if (field.kind === "switch") return segments([[true, words.on], [false, words.off]]);
+    if (field.kind === "choices" && field.choices.length <= 5) return segments(field.choices.map((entry) => [entry, show(entry)]));
     if (field.kind === "choices") {
       const box = make("select", { "aria-label": field.label, on: { change: () => set(field.name, field.choices[box.selectedIndex]) } },
         ...field.choices.map((entry) => make("option", { text: show(entry) })));
-      box.selectedIndex = field.choices.indexOf(current);
-      return box;
+      return { root: box, set(current) { box.selectedIndex = field.choices.indexOf(current); } };
     }
     const box = make("input", {
-      type: "number", min: field.minimum, max: field.maximum, step: field.step, value: current, "aria-label": field.label,
+      type: "number", min: field.minimum, max: field.maximum, step: field.step, "aria-label": field.label,
       on: { change: () => set(field.name, Math.min(field.maximum, Math.max(field.minimum, Number(box.value)))) },
     });
-    return box;
+    return { root: box, set(current) { if (box.value !== String(current)) box.value = current; } };
+  }
+  function presetControl(presets) {
+    const custom = make("option", { value: "", text: words.custom });
+    const box = make("select", { "aria-label": words.preset, on: { change: () => {
+      if (box.value !== "") commit({ ...value, config: { ...presets[Number(box.value)][1] } });
+    } } }, custom, ...presets.map(([name], index) => make("option", { value: index, text: name })));
+    return { root: box, set(config) {
+      const same = presets.findIndex(([, entry]) => JSON.stringify(entry) === JSON.stringify(config));
+      custom.hidden = same >= 0;
+      box.value = same < 0 ? "" : String(same);
+    } };
   }
 
-  function drawControls() {
-    const entry = entryOf(value.method);
-    method.value = entry.name;
-    root.style.setProperty("--lane-colour", `var(--kv-method-${entry.name})`);
+  // The controls of one method stay the same ones while their values change: a number that is typed in is taken over as the
+  // next button is pressed, and that button must still be there when it is let go; the keyboard keeps its place too.
+  let [built, updates] = ["", []];
+  function buildControls(entry) {
     const presets = Object.entries(entry.presets);
     const rows = [
       make("p", { class: "kv-method-summary", text: entry.summary }),
       make("p", { class: "kv-lane-estimate" }), make("p", { class: "kv-lane-problem", role: "alert" }),
     ];
+    [built, updates] = [entry.name, []];
     if (presets.length > 1) {
-      const same = presets.findIndex(([, config]) => JSON.stringify(config) === JSON.stringify(value.config));
-      const box = make("select", { "aria-label": words.preset, on: { change: () => {
-        if (box.value !== "") commit({ ...value, config: { ...presets[Number(box.value)][1] } });
-      } } }, ...(same < 0 ? [make("option", { value: "", text: words.custom })] : []),
-      ...presets.map(([name], index) => make("option", { value: index, text: name })));
-      box.value = same < 0 ? "" : String(same);
-      rows.push(make("div", { class: "kv-field" }, make("label", { text: words.preset }), box));
+      const preset = presetControl(presets);
+      updates.push(() => preset.set(value.config));
+      rows.push(make("div", { class: "kv-field" }, make("label", { text: words.preset }), preset.root));
     }
     if (!entry.fields.length) rows.push(make("p", { text: words.nothing_to_set }));
     for (const field of entry.fields) {
       const label = field.unit ? `${field.label} (${field.unit})` : field.label;
-      rows.push(make("div", { class: "kv-field" }, make("label", { text: label }), control(field), make("small", { text: field.help })));
+      const own = control(field);
+      updates.push(() => own.set(value.config[field.name]));
+      rows.push(make("div", { class: "kv-field" }, make("label", { text: label }), own.root, make("small", { text: field.help })));
     }
     popover.replaceChildren(...rows);
+  }
+  function drawControls() {
+    const entry = entryOf(value.method);
+    method.value = entry.name;
+    root.style.setProperty("--lane-colour", `var(--kv-method-${entry.name})`);
+    if (built !== entry.name) buildControls(entry);
+    for (const update of updates) update();
     drawRemarks();
   }
 
@@ -134,7 +143,7 @@ KVLens.lane = (component, laneId) => {
     setText(bytes.unit, `${unit || ""} ${words.kv}`);
     const ratio = figures.times_smaller;
     setText(bytes.detail, ratio === null ? " "
-      : Math.abs(ratio - 1) < 0.005 ? words.of_fp16 : `${units.figures(ratio)}${words.smaller}`);
+      : Math.abs(ratio - 1) < 0.005 ? words.of_fp16 : units.saving(ratio));
     setText(bits.number, units.figures(figures.bits_per_value));
     setText(bits.unit, words.bits);
     setText(bits.detail, words.everything);

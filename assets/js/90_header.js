@@ -37,8 +37,11 @@ KVLens.header = (component) => {
   const button = make("button", { type: "button", class: "kv-strong", text: words.load, on: { click: () => load() } });
   const offered = make("div", { class: "kv-offered" });
   const demonstration = make("p", { text: words.demonstration });
+  const row = make("div", { class: "kv-row" }, field, button);
+  const served = make("p");
   const progress = make("p", { role: "status" });
-  model.list.append(make("h4", { text: words.change_model }), make("div", { class: "kv-row" }, field, button), demonstration, offered, progress);
+  // A model that is fixed still has facts to read, and a load that may fail.
+  model.list.append(served, make("div", { class: "kv-model-choice" }, make("h4", { text: words.change_model }), row, demonstration, offered), progress);
   function load(chosen) { component.trigger("model", { name: chosen ?? field.value }); }
 
   // A labelled bar: how much of something is used.
@@ -105,13 +108,14 @@ KVLens.header = (component) => {
     const parts = [state.weight_bytes ? `${units.bytes(state.weight_bytes)} ${words.parameters}` : "",
       state.max_context ? KVLens.fill(words.context, { n: units.count(state.max_context) }) : "", state.device || ""];
     setText(facts, state.is_loading ? words.loading : parts.filter(Boolean).join(" · "));
+    setText(served, [state.name || words.no_model, ...parts].filter(Boolean).join(" · "));
     dot.classList.toggle("kv-is-loading", Boolean(state.is_loading));
     dot.classList.toggle("kv-is-bad", Boolean(state.problem) && !state.name);
     setText(progress, state.problem || state.progress || "");
     progress.classList.toggle("kv-bad", Boolean(state.problem));
     KVLens.machineNote(state.is_cpu ? words.cpu : "");
     model.list.classList.toggle("kv-fixed", !state.can_change);
-    field.parentElement.hidden = !state.can_type;
+    row.hidden = !state.can_type;
     demonstration.hidden = !state.is_embedded;
     offered.replaceChildren(...(state.offered || []).map((entry) => make("button", { type: "button", text: entry, on: { click: () => load(entry) } })));
     recorded.list.replaceChildren(...(state.recorded || []).map((entry) => item(recorded, entry.label, () => component.trigger("recorded", { id: entry.id }))));
@@ -119,8 +123,10 @@ KVLens.header = (component) => {
     drawContext(KVLens.feed.latest);
   }
   function drawContext(payload) {
-    const limit = payload?.context?.limit || state.max_context;
-    const used = payload?.context?.used || 0;
+    // A run of another model (one before the last load, a recorded one) says nothing about this one's context.
+    const own = payload?.model === state.name ? payload?.context : null;
+    const limit = own?.limit || state.max_context;
+    const used = own?.used || 0;
     context.set(limit ? used / limit : 0,
       limit ? KVLens.fill(words.context_used, { used: units.count(used), limit: units.count(limit) }) : "");
     const caches = payload?.budget ?? drawContext.lastBudget;

@@ -8,22 +8,23 @@ KVLens.panels = (component) => {
     KVLens.memoryPanel(panel("memory")),
     KVLens.errorPanel(panel("errors"), (view) => component.trigger("select", view)),
     KVLens.speedPanel(panel("speed")),
-  ];
+  ].map(KVLens.guarded);
   const off = new URLSearchParams(location.search).has("panels_off");
   // One panel a frame: three drawings in one frame would make it a long one.
-  // A round draws one payload in all of them: one that comes in its midst has the next round, or some would miss it.
-  let [payload, drawn, turn] = [null, null, 0];
+  // A round draws one payload in all of them: what is asked for in its midst (another payload, or the same in other
+  // colours) has the next round, or some would miss it.
+  let [payload, drawn, turn, isAsked] = [null, null, 0, false];
   function step() {
-    if (turn === 0) drawn = payload;
+    if (turn === 0) [drawn, isAsked] = [payload, false];
     listeners[turn](drawn);
     turn = (turn + 1) % listeners.length;
-    if (turn > 0 || drawn !== payload) requestAnimationFrame(step);
+    if (turn > 0 || isAsked) requestAnimationFrame(step);
     else payload = null;
   }
   KVLens.feed.listen((latest) => {
     if (off) return;
     const isIdle = payload === null;
-    payload = latest;
+    [payload, isAsked] = [latest, true];
     if (isIdle) step();
   });
   KVLens.follow(component, KVLens.feed.receive);

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from kvlens.ui import palette
 from kvlens.ui.library import Library
 
 SHORT = "?b.residual_length=32&max_new_tokens=24"
@@ -99,6 +100,185 @@ def test_dark_has_no_white_cards(visitor):
     visitor.page.get_by_role("tab", name="About").click()
     visitor.page.wait_for_selector("#kv-about table")
     assert visitor.page.evaluate(WHITE_BLOCKS) == []
+
+
+@has_runs
+def test_the_theme_button_recolours_the_plots_at_once_and_is_remembered(visitor):
+    visitor.open()
+    page = visitor.page
+    plots = ("memory", "speed")
+    colours = [f"document.querySelector('.kv-plot-{plot}')?.layout?.font.color" for plot in plots]
+    light, dark = palette.SURFACES["muted"].light, palette.SURFACES["muted"].dark
+    for colour in colours:
+        visitor.wait(f"{colour} === '{light}'")
+    before = page.evaluate("document.querySelector('.kv-plot-memory').data.map((trace) => trace.fillcolor)")
+    page.get_by_label("Light or dark").click()
+    for colour in colours:
+        visitor.wait(f"{colour} === '{dark}'")
+    assert page.evaluate("document.querySelector('.kv-plot-memory').data.map((trace) => trace.fillcolor)") != before
+    page.reload()
+    for colour in colours:
+        visitor.wait(f"{colour} === '{dark}'")
+    assert page.evaluate("KVLens.colours.isDark()")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_small_print_stands_out_from_all_it_stands_on(theme):
+    def luminance(shade):
+        parts = [int(getattr(shade, theme)[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for name in ("muted", "faint"):
+        for ground in ("paper", "card", "sunken"):
+            low, high = sorted(luminance(palette.SURFACES[one]) for one in (name, ground))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+
+
+@has_runs
+def test_a_notice_leaves_whose_figures_these_are_and_the_way_to_replay_them(visitor):
+    visitor.open()
+    page = visitor.page
+    page.locator(".kv-status-hint").get_by_text("Nothing is computed yet.").wait_for()
+    page.evaluate("KVLens.feed.receive(JSON.stringify({ state: 'recorded', notices: ['A sentence.'] }))")
+    page.locator(".kv-notice").get_by_text("A sentence.").wait_for()
+    assert page.locator(".kv-status-label").is_visible()
+    assert page.locator(".kv-status").get_by_role("button", name="Replay").is_visible()
+    assert not page.locator(".kv-status-hint").is_visible()
+    assert not page.locator(".kv-status-machine").is_visible()
+
+
+@has_runs
+def test_a_payload_that_cannot_be_drawn_or_read_stops_nothing(visitor):
+    visitor.open()
+    visitor.page.locator(".kv-heatmap .js-plotly-plot").first.wait_for()
+    visitor.page.evaluate(
+        """() => {
+            window.whole = JSON.stringify(KVLens.feed.latest);
+            const broken = JSON.parse(window.whole);
+            for (const lane of broken.lanes) Object.assign(lane, { memory: null, path: "broken" });
+            KVLens.feed.receive(JSON.stringify(broken));
+        }"""
+    )
+    visitor.wait("document.querySelector('.kv-panel-speed').textContent.includes('broken')")
+    visitor.page.evaluate("KVLens.feed.receive('{\"state\": NaN}')")
+    visitor.page.evaluate('KVLens.feed.receive(window.whole.replace(/"path":"[^"]*"/g, \'"path":"mended"\'))')
+    visitor.wait("document.querySelector('.kv-panel-speed').textContent.includes('mended')")
+    assert len(visitor.faults) >= 2
+    visitor.faults.clear()  # each fault is told in the console, and so it should
+
+
+@has_runs
+def test_a_cache_larger_than_fp16_stays_on_the_axis_and_says_so(visitor):
+    visitor.open()
+    visitor.page.evaluate(
+        """() => {
+            const payload = JSON.parse(JSON.stringify(KVLens.feed.latest));
+            payload.fp16_bytes_per_token /= 16;
+            const lane = payload.lanes.find((one) => one.method !== 'dense');
+            lane.figures.times_smaller = 0.5;
+            for (const [, sizes] of payload.projection) sizes[lane.id] = 4 * sizes.fp16;
+            KVLens.feed.receive(JSON.stringify(payload));
+        }"""
+    )
+    visitor.wait(
+        "[...document.querySelectorAll('.kv-figure-bytes small')].some((one) => one.textContent === '2.00× larger')"
+    )
+    visitor.wait("document.querySelector('.kv-projection').textContent.includes('4.00× larger')")
+    shares = visitor.page.evaluate(
+        """() => {
+            const { data, layout } = document.querySelector('.kv-plot-memory'), highest = new Map();
+            for (const { stackgroup, y } of data.filter((trace) => trace.stackgroup)) {
+                const sums = highest.get(stackgroup) || y.map(() => 0);
+                highest.set(stackgroup, sums.map((sum, index) => sum + y[index]));
+            }
+            return [...highest.values()].map((sums) => Math.max(...sums) / layout.yaxis.range[1]);
+        }"""
+    )
+    assert 0.8 < max(shares) < 1.0
+
+
+def test_the_context_gauge_is_that_of_the_model_in_service(visitor):
+    visitor.open(SHORT)
+    visitor.ask("Tell me a story about a heron.")
+    visitor.wait("/^[1-9].* of 2,048/.test(document.querySelector('.kv-gauge > span:last-child').textContent)")
+    visitor.page.evaluate(
+        """() => {
+            const other = { model: 'another', context: { used: 9, limit: 99 } };
+            KVLens.feed.receive(JSON.stringify({ ...KVLens.feed.latest, ...other }));
+        }"""
+    )
+    visitor.wait("document.querySelector('.kv-gauge > span:last-child').textContent === '0 of 2,048 tokens'")
+
+
+def test_a_fixed_model_shows_its_facts_and_why_a_load_failed(visitor, monkeypatch):
+    monkeypatch.setattr(visitor.site.hub, "offered", [])
+    monkeypatch.setattr(visitor.site.hub, "problem", "The folder holds no model.")
+    visitor.open()
+    page = visitor.page
+    page.click(".kv-chip")
+    told = page.locator(".kv-chip + .kv-menu-list")
+    assert told.get_by_text("The folder holds no model.").is_visible()
+    assert told.get_by_text(f"{visitor.site.hub.model.name} · ").is_visible()
+    for part in ("h4", ".kv-row", ".kv-offered"):
+        assert not told.locator(part).is_visible()
+
+
+def test_a_number_and_the_button_pressed_right_after_it_both_count(visitor):
+    visitor.open()
+    page, lane = visitor.page, visitor.page.locator("#kv-lane-b")
+    page.click("#kv-lane-b .kv-summary")
+    number = lane.locator(".kv-popover input[type=number]").first
+    number.fill("96")
+    bits = lane.locator(".kv-field", has_text="Key bits").get_by_role("button", name="4", exact=True)
+    bits.click()
+    assert bits.get_attribute("aria-pressed") == "true"
+    assert number.input_value() == "96"
+    assert lane.get_by_label("Preset").input_value() == ""
+    page.wait_for_function("location.search.includes('b.key_bits=4') && location.search.includes('=96')")
+    # The keyboard keeps its place: on a button after it is pressed, in a number after Enter.
+    bits.press("Enter")
+    assert bits.evaluate("node => node === document.activeElement")
+    number.fill("64")
+    number.press("Enter")
+    assert number.evaluate("node => node === document.activeElement")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.querySelector('#kv-lane-b .kv-popover').contains(document.activeElement)")
+    # A row of buttons clips what stands out of it: its ring lies inside, and is light on the dark of what is pressed.
+    bits.focus()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    ring = (
+        "node => ['outlineStyle', 'outlineOffset', 'outlineColor', 'color'].map((name) => getComputedStyle(node)[name])"
+    )
+    style, offset, colour, ink = bits.evaluate(ring)
+    assert (style, offset, colour) == ("solid", "-3px", ink)
+
+
+def test_the_buttons_of_the_lab_charts_stay_the_same_while_it_measures(visitor):
+    visitor.open()
+    visitor.page.evaluate(
+        """() => {
+            const columns = ['method', 'context_tokens', 'batch_size', 'status', 'tokens_per_second', 'step_ms',
+                'step_ms_low', 'step_ms_high', 'kv_bytes', 'measured_layers', 'note'];
+            const run = (contexts) => ({ run: {
+                scope: 'network', num_layers: 2, limit_bytes: 1e6, findings: [], conditions: {}, columns, contexts,
+                methods: [{ method: 'dense', label: 'fp16', most_tokens: null }], batch_sizes: [1, 2],
+                cells: contexts.map((tokens) => [0, tokens, 1, 'measured', 100, 10, 9, 11, 1e5, 2, '']),
+            } });
+            window.figures = KVLens.labFigures({ onSave() {} });
+            window.send = (contexts) => figures.receive(run(contexts));
+            window.picked = () => figures.root.querySelector('.kv-lab-over-batch .kv-segments button:last-child');
+            document.querySelector('.kv-panels').append(figures.root);
+            send([256, 512]);
+        }"""
+    )
+    visitor.wait("picked()?.textContent === '512'")
+    visitor.page.evaluate("window.first = picked(); send([256, 512]); first.click()")
+    visitor.wait("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+    assert visitor.page.evaluate("picked() === first && first.getAttribute('aria-pressed')") == "true"
+    visitor.page.evaluate("send([256, 512, 1024])")
+    visitor.wait("picked().textContent === '1k'")
 
 
 def test_nothing_jumps_while_it_streams(visitor, endless):

@@ -146,6 +146,15 @@ def test_nearly_full_context_is_said_before_it_is_full(log):
     assert any("is full" in notice for notice in payload_of(log)["notices"])
 
 
+@pytest.mark.parametrize("state", ["recorded", "replay"])
+def test_a_recorded_run_tells_its_own_notices_and_not_how_full_it_was(log, state):
+    log.max_context = 220
+    log.notices.append("The kernel fell back.")
+    assert payload_of(log, state=state)["notices"] == ["The kernel fell back."]
+    log.lanes[0].finish = "context"
+    assert payload_of(log, state=state, notice="A sentence.")["notices"] == ["A sentence.", "The kernel fell back."]
+
+
 def test_payload_is_small_enough_to_stream():
     log = fakes.finished_log(num_steps=600)
     assert len(build(log, Scene(state="running", view=View(figure="channels")))) < 60_000
