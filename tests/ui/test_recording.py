@@ -302,6 +302,17 @@ def test_an_upload_that_is_no_text_of_a_bounded_file_is_refused(data):
 
 
 @pytest.mark.parametrize("path", sorted(library.RUNS_FOLDER.glob("*.json.gz")), ids=lambda path: path.name)
+def test_a_recorded_lane_is_looked_at_from_its_own_first_step_on(path):
+    recording = from_bytes(path.read_bytes())
+    for lane in recording.log.lanes:
+        history = recording.history.get(lane.lane_id)
+        if history is not None and lane.method != "dense":
+            assert history.moments[0][0] <= 1
+            # What earlier turns packed is packed from the start.
+            assert len(recording.prompts) == 1 or history.packed_at.min() <= 1
+
+
+@pytest.mark.parametrize("path", sorted(library.RUNS_FOLDER.glob("*.json.gz")), ids=lambda path: path.name)
 def test_the_runs_that_come_with_the_page_are_read_and_written_again(path):
     data = path.read_bytes()
     assert gzip.decompress(to_bytes(from_bytes(data))) == gzip.decompress(data)
