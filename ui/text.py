@@ -105,10 +105,11 @@ def recorded_label(model: str, device: str, date: str) -> str:
 
 
 def lane_estimate(num_tokens: int, live_bytes: int, fp16_bytes: int, num_values: int) -> str:
-    bits = 8 * live_bytes / num_values
+    bits, ratio = 8 * live_bytes / num_values, fp16_bytes / live_bytes
+    saving = f"{ratio:.1f}× smaller" if ratio >= 1 else f"{1 / ratio:.1f}× larger"
     return (
         f"At {count_text(num_tokens)} tokens of this model: {bytes_text(live_bytes)}, "
-        f"{fp16_bytes / live_bytes:.1f}× smaller than fp16, {bits:.2f} bits per value."
+        f"{saving} than fp16, {bits:.2f} bits per value."
     )
 
 
