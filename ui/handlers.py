@@ -156,21 +156,19 @@ class ChatHandlers:
             session.free()
 
     def _answer(self, session: Session, ticket: Ticket) -> Iterator[runner.Update]:
-        deadline = time.monotonic() + MODEL_WAIT_SECONDS
-        while self.hub.model is None and self.hub.is_loading and not ticket.stop.is_set():
-            if time.monotonic() > deadline:
-                break
+        hub, deadline = self.hub, time.monotonic() + MODEL_WAIT_SECONDS
+        while hub.model is None and hub.is_loading and not ticket.stop.is_set() and time.monotonic() < deadline:
             yield runner.Update(payload=self._state("loading"))
-            self.hub.wait_change(self.hub.version, 1.0)
-        if ticket.stop.is_set() or self.hub.model is None:
-            problem = self.hub.problem or text.STILL_LOADING
+            hub.wait_change(hub.version, 1.0)
+        if ticket.stop.is_set() or hub.model is None:
+            problem = hub.problem or text.STILL_LOADING
             yield self._as_before(session, ticket, "" if ticket.stop.is_set() else problem)
             return
-        budget = self.hub.budget
+        budget = hub.budget
         if budget is not None and budget.limit_bytes and budget.used_bytes > budget.limit_bytes / 2:
             self.store.free_others(session)
         try:
-            yield from runner.run(session, ticket, self.hub.model, budget)
+            yield from runner.run(session, ticket, hub.model, budget)
         except runner.Fruitless as end:
             yield self._as_before(session, ticket, str(end))
 

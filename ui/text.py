@@ -170,6 +170,7 @@ CLIENT = {
         "tokens_per_second": "tok/s",
         "bits": "bits",
         "smaller": "× smaller",
+        "larger": "× larger",
         "same": "the reference",
         "speed_ratio": "× fp16",
         "no_ratio": "no fp16 lane to compare",

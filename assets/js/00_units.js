@@ -29,7 +29,8 @@ KVLens.units = {
   },
   // How a cache stands to fp16: `ratio` is fp16's bytes over its own.
   saving(ratio) {
-    return ratio < 1 ? `${KVLens.units.figures(1 / ratio)}× larger` : `${KVLens.units.figures(ratio)}${KVLens.text.lane.smaller}`;
+    const { figures } = KVLens.units, { smaller, larger } = KVLens.text.lane;
+    return ratio < 1 ? `${figures(1 / ratio)}${larger}` : `${figures(ratio)}${smaller}`;
   },
   context(tokens) {
     return tokens % 1024 === 0 ? `${tokens / 1024}k` : KVLens.units.count(tokens);
