@@ -6,7 +6,7 @@ ARGS ?=
 
 # A half-made environment must not look finished to the next call.
 .DELETE_ON_ERROR:
-.PHONY: run test test-gpu lint bench screenshots record chromium clean
+.PHONY: run test test-gpu lint bench screenshots record space chromium clean
 
 run: $(VENV)/.installed            ## start the page and print its address
 	$(BIN)/python app.py $(ARGS)
@@ -32,6 +32,13 @@ record: $(VENV)/.installed         ## the recorded runs that the page paints fir
 
 screenshots: $(VENV)/.installed-dev chromium  ## the pictures of the README, from the running app
 	$(BIN)/python -m tools.screenshots $(ARGS)
+
+# The weights and pictures are binary files, which the Hub takes by its own upload and refuses from a plain git push.
+space: $(VENV)/.installed          ## the committed state to the Space SPACE=you/name, made if there is none
+	@test -n "$(SPACE)" || { echo "say which Space: make space SPACE=you/name (after $(BIN)/hf auth login)"; exit 2; }
+	rm -rf build/space && mkdir -p build/space && git archive HEAD | tar -x -C build/space
+	$(BIN)/hf repos create $(SPACE) --type space --space-sdk gradio --exist-ok
+	$(BIN)/hf upload $(SPACE) build/space . --type space --delete "*"
 
 # A browser is a package of the system. Without one the browser tests are skipped and say so.
 chromium:

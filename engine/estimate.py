@@ -33,7 +33,9 @@ def bits_per_value(footprint: Footprint, shape: ModelShape) -> float:
 def most_tokens(shape: ModelShape, method_name: str, config: MethodConfig, *, limit_bytes: int) -> int:
     """How long a sequence may grow within `limit_bytes`, by the same formula; 0 if not one token fits.
 
-    Limits: a method that forgets may never reach the limit; what is told ends at 2^40 tokens.
+    Limits: a method that forgets may never reach the limit; what is told ends at 2^40 tokens. The bytes of one that
+    packs whole groups rise and fall by a window: one token more than the length told does not fit, and in the last few
+    windows before it some lengths with a full window may not fit either.
     """
 
     def fits(num_tokens: int) -> bool:

@@ -109,7 +109,7 @@ class ChatHandlers:
         if not session.turns:
             return self._say(session, text.CONVERSATION_LOST if self._is_lost(session) else text.NOTHING_TO_EDIT)
         prompt = session.turns.pop().prompt
-        return (prompt, *runner.conversations(session), self._state(self._rest(session)))
+        return (prompt, *runner.conversations(session), self._taken_back(session))
 
     def clear(self, request: gr.Request):
         session = self._session(request)
@@ -123,7 +123,7 @@ class ChatHandlers:
         session.turns.clear()
         if session.ticket is None:
             session.free()
-        return (gr.skip(), *runner.conversations(session), self._state(self._rest(session)))
+        return (gr.skip(), *runner.conversations(session), self._taken_back(session))
 
     def stop(self, request: gr.Request):
         """A running answer ends with its next step; one that still waits is taken back at once."""
@@ -275,7 +275,9 @@ class ChatHandlers:
 
     def _scene_of(self, session: Session, recording: Recording) -> Scene:
         scene = self._recorded_scene(recording)
-        return replace(scene, state="done", label="") if session.is_own_run else scene
+        if not session.is_own_run:
+            return scene
+        return replace(scene, state="done", label="", is_cleared=not session.turns)
 
     # --- the address ----------------------------------------------------------------------------------
 
@@ -364,6 +366,10 @@ class ChatHandlers:
 
     def _state(self, state: str, notice: str = "") -> str:
         return build(None, Scene(state=state, notice=notice))
+
+    def _taken_back(self, session: Session) -> str:
+        """The picture stays when turns go; where none is left, nothing of the context is in use."""
+        return build(None, Scene(state=self._rest(session), budget=self.hub.budget, is_cleared=not session.turns))
 
     def _asked(self, session: Session, keep_prompt: bool = False):
         session.ticket.was_own_run, session.is_own_run = session.is_own_run, True

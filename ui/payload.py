@@ -33,6 +33,7 @@ class Scene:
 
     `state` is one of "empty", "recorded", "replay", "waiting", "loading", "reading", "running", "done".
     `projection` holds (tokens, bytes by lane) pairs by formula, fp16 under the key "fp16".
+    `is_cleared`: the conversation of the run on show was thrown away, its picture stays.
     """
 
     state: str = "done"
@@ -42,6 +43,7 @@ class Scene:
     projection: Sequence[tuple[int, Mapping[str, int]]] = ()
     is_cpu: bool = False
     budget: MemoryBudget | None = None
+    is_cleared: bool = False
 
 
 def encode(values, dtype: str) -> dict:
@@ -180,8 +182,8 @@ def budget_use(budget: MemoryBudget | None) -> dict | None:
 def notices(log: RunLog, scene: Scene) -> list[str]:
     found = [scene.notice] if scene.notice else []
     found += log.notices
-    # Nobody can go on with a recorded conversation, so nobody need know how full its context was.
-    if scene.state in ("recorded", "replay"):
+    # Nobody can go on with a recorded or a cleared conversation, so nobody need know how full its context was.
+    if scene.is_cleared or scene.state in ("recorded", "replay"):
         return list(dict.fromkeys(found))
     context = context_use(log)
     if any(lane.finish == "context" for lane in log.lanes):
@@ -191,12 +193,30 @@ def notices(log: RunLog, scene: Scene) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def written(payload: dict) -> str:
+    """The payload as JSON. A number that JSON has no word for (a model may answer with NaN) is written as null."""
+    try:
+        return json.dumps(payload, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(payload), separators=(",", ":"))
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def build(log: RunLog | None, scene: Scene) -> str:
     """The payload of one update. Without a log it only carries the state and a notice: the picture stays."""
     payload: dict = {"sequence": next(_sequence), "state": scene.state}
     if log is None:
         payload["notices"] = [scene.notice] if scene.notice else []
-        return json.dumps(payload, separators=(",", ":"))
+        if scene.is_cleared:
+            payload |= {"context": None, "budget": budget_use(scene.budget)}
+        return written(payload)
     payload |= {
         "label": scene.label,
         "view": vars(scene.view),
@@ -206,7 +226,7 @@ def build(log: RunLog | None, scene: Scene) -> str:
         "device": log.device,
         "fp16_bytes_per_token": log.fp16_bytes_per_token,
         "weight_bytes": log.weight_bytes,
-        "context": context_use(log),
+        "context": None if scene.is_cleared else context_use(log),
         "machine": vars(log.machine),
         "difference": log.first_difference,
         "lanes": [lane_payload(log, lane, scene.state) for lane in log.lanes],
@@ -217,4 +237,4 @@ def build(log: RunLog | None, scene: Scene) -> str:
         "atoms": atoms_payload(log, scene.view, encode),
         "notices": notices(log, scene),
     }
-    return json.dumps(payload, separators=(",", ":"))
+    return written(payload)

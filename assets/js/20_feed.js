@@ -28,7 +28,7 @@ KVLens.feed = (() => {
     },
     redraw: schedule,
     get latest() { return latest; },
-    // What cannot be read (Python writes NaN, JSON has none) leaves the picture as it is.
+    // What cannot be read leaves the picture as it is.
     receive: KVLens.guarded((value) => {
       if (!value) return;
       const payload = JSON.parse(value);

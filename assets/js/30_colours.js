@@ -41,18 +41,18 @@ KVLens.theme = {
       document.body.classList.toggle("dark", kept === "dark");
     }
   },
+  // Gradio or a person may change the theme at any time: draw again then. The body's other classes change no colour.
+  follow() {
+    this.restore();
+    let wasDark = KVLens.colours.isDark();
+    new MutationObserver(() => {
+      if (wasDark === KVLens.colours.isDark()) return;
+      wasDark = !wasDark;
+      KVLens.feed.redraw();
+    }).observe(document.body, { attributeFilter: ["class"] });
+  },
 };
 
-// Gradio or a person may change the theme at any time: draw again then. The body's other classes change no colour.
-function begin() {
-  KVLens.theme.restore();
-  let wasDark = KVLens.colours.isDark();
-  new MutationObserver(() => {
-    if (wasDark === KVLens.colours.isDark()) return;
-    wasDark = !wasDark;
-    KVLens.feed.redraw();
-  }).observe(document.body, { attributeFilter: ["class"] });
-}
 // Gradio adds the page's head from its own script: the document may be read to its end by now.
-if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", begin);
-else begin();
+if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", () => KVLens.theme.follow());
+else KVLens.theme.follow();

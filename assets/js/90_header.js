@@ -125,7 +125,7 @@ KVLens.header = (component) => {
   function drawContext(payload) {
     // A run of another model (one before the last load, a recorded one) says nothing about this one's context.
     const own = payload?.model === state.name ? payload?.context : null;
-    const limit = own?.limit || state.max_context;
+    const limit = state.max_context || own?.limit;
     const used = own?.used || 0;
     context.set(limit ? used / limit : 0,
       limit ? KVLens.fill(words.context_used, { used: units.count(used), limit: units.count(limit) }) : "");

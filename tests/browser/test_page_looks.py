@@ -201,14 +201,19 @@ def test_a_cache_larger_than_fp16_stays_on_the_axis_and_says_so(visitor):
 def test_the_context_gauge_is_that_of_the_model_in_service(visitor):
     visitor.open(SHORT)
     visitor.ask("Tell me a story about a heron.")
-    visitor.wait("/^[1-9].* of 2,048/.test(document.querySelector('.kv-gauge > span:last-child').textContent)")
+    gauge = "document.querySelector('.kv-gauge > span:last-child').textContent"
+    visitor.wait(f"/^[1-9].* of 2,048/.test({gauge})")
+    visitor.page.click("#kv-clear")
+    visitor.wait(f"{gauge} === '0 of 2,048 tokens'")
+    visitor.ask("Tell me a story about a heron.")
+    visitor.wait(f"/^[1-9].* of 2,048/.test({gauge})")
     visitor.page.evaluate(
         """() => {
             const other = { model: 'another', context: { used: 9, limit: 99 } };
             KVLens.feed.receive(JSON.stringify({ ...KVLens.feed.latest, ...other }));
         }"""
     )
-    visitor.wait("document.querySelector('.kv-gauge > span:last-child').textContent === '0 of 2,048 tokens'")
+    visitor.wait(f"{gauge} === '0 of 2,048 tokens'")
 
 
 def test_a_fixed_model_shows_its_facts_and_why_a_load_failed(visitor, monkeypatch):

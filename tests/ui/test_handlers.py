@@ -69,7 +69,9 @@ def payload(outputs) -> dict:
 def test_a_prompt_can_be_sent_after_clear_took_the_waiting_one_back(page, store):
     page.send("one", *SETTINGS, PAGE)
     caches = store.get("page").comparison = Caches()
-    assert payload(page.clear(PAGE))["state"] == "recorded"
+    cleared = payload(page.clear(PAGE))
+    assert cleared["state"] == "recorded"
+    assert cleared["context"] is None
     assert caches.is_freed
     assert payload(page.send("two", *SETTINGS, PAGE))["state"] == "waiting"
     assert store.get("page").ticket.prompt == "two"
@@ -81,6 +83,13 @@ def test_a_recorded_run_keeps_its_label_when_the_last_prompt_is_edited(page, sto
     prompt, *_, shown = page.edit_last(PAGE)
     assert prompt == "hello"
     assert json.loads(shown)["state"] == "recorded"
+
+
+def test_the_context_is_free_again_only_when_no_turn_is_left(page, store):
+    session = store.get("page")
+    session.turns += [Turn("one", {"a": "hi", "b": "hi"}), Turn("two", {"a": "ho", "b": "ho"})]
+    assert "context" not in payload(page.edit_last(PAGE))
+    assert payload(page.edit_last(PAGE))["context"] is None
 
 
 @pytest.mark.parametrize("again", ["send", "regenerate", "edit_last", "select"])

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import math
+from dataclasses import replace
 
 import fakes
 import numpy as np
 import pytest
 
+from kvlens.engine.budget import MemoryBudget
 from kvlens.engine.trace import StepTrace
 from kvlens.ui import heat
 from kvlens.ui.heat import View
@@ -153,6 +156,28 @@ def test_a_recorded_run_tells_its_own_notices_and_not_how_full_it_was(log, state
     assert payload_of(log, state=state)["notices"] == ["The kernel fell back."]
     log.lanes[0].finish = "context"
     assert payload_of(log, state=state, notice="A sentence.")["notices"] == ["A sentence.", "The kernel fell back."]
+
+
+def test_a_cleared_conversation_uses_no_context_and_gives_its_cache_back(log):
+    log.max_context = 220
+    full = payload_of(log, is_cleared=True)
+    assert full["context"] is None
+    assert full["notices"] == []
+    budget = MemoryBudget(1000)
+    alone = payload_of(None, is_cleared=True, budget=budget)
+    assert (alone["context"], alone["budget"]) == (None, {"used": 0, "limit": 1000})
+
+
+def test_numbers_without_a_value_reach_the_browser_as_null(log):
+    log.lanes[0].steps[0] = replace(log.lanes[0].steps[0], log_prob=math.nan)
+    log.machine = replace(log.machine, process_bytes=math.inf)
+    written = build(log, Scene())
+    assert "NaN" not in written
+    assert "Infinity" not in written
+    payload = json.loads(written)
+    assert payload["lanes"][0]["tokens"][0][1] is None
+    assert payload["machine"]["process_bytes"] is None
+    assert payload["lanes"][0]["tokens"][1][1] > 0
 
 
 def test_payload_is_small_enough_to_stream():
