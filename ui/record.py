@@ -18,7 +18,7 @@ from kvlens.ui.recording import Recording, to_bytes
 from kvlens.ui.session import Session, Ticket
 from kvlens.ui.tabs.examples import read_examples
 
-STORIES = ("Tell me a story about a fox.", "Tell me a story about a boat.")
+STORIES = ("Tell me a story about a dog.", "Tell me a story about a bird.")
 
 
 @dataclass(frozen=True)
