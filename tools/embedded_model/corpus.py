@@ -158,6 +158,7 @@ class RowMaker:
     RECAST_SHARE = 0.6
     # The first mentions of the topic weigh more: where all of them did, foxes met foxes.
     TOPIC_WEIGHT, NUM_TOPIC_MENTIONS = 3.0, 2
+    STORY_NOISE = 0.15
 
     def __init__(self, texts: Texts, tokenizer: Tokenizer, *, seed: int, split: str = "train") -> None:
         self.texts, self.tokenizer, self.seed, self.split = texts, tokenizer, seed, split
@@ -193,6 +194,8 @@ class RowMaker:
             kind = random.choices(self.KINDS, self.SHARES)[0] if room > 150 else "lookup"
             made = self._makers[kind](random, room)
             ids, target_weights = self.encode(made)
+            if kind == "story" and self.split == "train":
+                ids, target_weights = self._noised(random, ids, target_weights)
             token_ids.append(ids)
             weights.append(target_weights)
             used += len(ids)
@@ -283,6 +286,19 @@ class RowMaker:
         weights = dict.fromkeys(range(1, 2 * self.NUM_TOPIC_MENTIONS, 2), self.TOPIC_WEIGHT)
         conversation.say("assistant", *((text, weights.get(i, PLAIN_WEIGHT)) for i, text in enumerate(pieces) if text))
         return conversation
+
+    def _noised(self, random: Random, token_ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Some of a story's tokens become tokens of another story, and nobody is asked to predict those.
+
+        Read thirty times as it is, a story is learned by heart. Noise like this keeps a model from that (Xie et al.,
+        Data Noising as Smoothing in Neural Network Language Models, arXiv 1703.02573).
+        """
+        others = self.tokenizer.encode(random.choice(self.texts.stories), add_special_tokens=False).ids
+        token_ids, weights = token_ids.copy(), weights.copy()
+        for at in np.flatnonzero(weights == PLAIN_WEIGHT)[:-1]:  # the last is the end token
+            if random.random() < self.STORY_NOISE:
+                token_ids[at], weights[at] = random.choice(others), 0.0
+        return token_ids, weights
 
     def _small_talk(self, random: Random, room: int) -> Conversation:
         conversation = Conversation()
