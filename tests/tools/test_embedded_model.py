@@ -262,6 +262,29 @@ def test_the_first_mentions_of_a_topic_weigh_more(texts, tokenizer):
         assert sum(weight == rows.TOPIC_WEIGHT for _, weight in pieces) == rows.NUM_TOPIC_MENTIONS
 
 
+def test_noise_changes_words_of_a_story_and_asks_for_none_of_them(texts, tokenizer):
+    rows = RowMaker(texts, tokenizer, seed=1)
+    ids, weights = rows.encode(rows._story(Random(3), 500))
+    noised, kept = zip(*(rows._noised(Random(seed), ids, weights) for seed in range(50)), strict=True)
+    changed = np.stack(noised) != ids
+    unasked = np.stack(kept) != weights
+    assert (unasked | ~changed).all()  # a word may be replaced by itself
+    assert (np.stack(kept)[unasked] == 0).all()
+    tellable = weights == recall.PLAIN_WEIGHT
+    assert not unasked[:, ~tellable].any()
+    assert not unasked[:, -1].any()
+    assert unasked[:, tellable].mean() == pytest.approx(rows.STORY_NOISE, abs=0.03)
+
+
+def test_only_rows_to_train_on_have_noise(texts, tokenizer, monkeypatch):
+    noised = []
+    monkeypatch.setattr(RowMaker, "_noised", lambda self, random, ids, weights: noised.append(1) or (ids, weights))
+    RowMaker(texts, tokenizer, seed=1, split="held_out").rows(step=0, num_rows=8, length=512)
+    assert not noised
+    RowMaker(texts, tokenizer, seed=1).rows(step=0, num_rows=8, length=512)
+    assert noised
+
+
 def test_a_recast_story_is_about_the_new_topic_alone():
     told = [recast(Random(seed), STORY.replace("fox", "owl").replace("a owl", "an owl"), "owl") for seed in range(40)]
     for topic, story in told:
